@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 
-BACKLOG = 1024  # clients that may wait for accept(), if the kernel agrees
+BACKLOG = 4096  # clients that may wait for accept(), if the kernel agrees
 CHUNK = 64 * 1024  # bytes to read at once, at most
 LINGER = 1.0  # seconds that a client has to take in its last reply
 PAUSE = 0.1  # seconds until the next try when there is no room for a client

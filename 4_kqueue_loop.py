@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 
-BACKLOG = 1024  # clients that may wait for accept(), if the kernel agrees
+BACKLOG = 4096  # clients that may wait for accept(), if the kernel agrees
 CHUNK = 64 * 1024  # bytes to read at once, at most
 LINGER = 1.0  # seconds that a client has to take in its last reply
 TICK = 1.0  # seconds between two looks for clients that have gone silent

@@ -1,0 +1,529 @@
+#!/usr/bin/env python3
+"""Many clients at once, to make the difference between the servers visible.
+
+Each client opens a connection, asks, thinks for a moment, asks again:
+
+    SET key:1 value     INCR counter     GET key:1     INCR counter
+
+The key is its own, the counter belongs to all. Every reply is checked. Then
+each client becomes a line on a time axis: waiting for the server, or in
+conversation with it.
+
+Start it:  python3 client.py --server 1_single_blocking.py
+or, with a server that runs already:  python3 client.py --port 6380
+"""
+
+import argparse
+import asyncio
+import contextlib
+import difflib
+import os
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+WIDTH = 79  # columns to draw in
+ATTEMPTS = 10  # to connect, each after a longer pause
+CONNECT_TIMEOUT = 3  # seconds; the kernel alone would ask ever more seldom
+MOST_LINES = 20  # to draw; of more clients than that, a sample is shown
+
+
+class Failed(Exception):
+    """It cannot be done, or went wrong; the message says why."""
+
+
+class NotAccepted(Failed):
+    """The connection was refused or reset.
+
+    When thousands connect at once, a kernel with a full queue does that before
+    the server has seen the connection. So it is worth trying again.
+    """
+
+
+# ---- Talking ----------------------------------------------------------------
+
+
+class Client:
+    """One client's conversation, and when what happened (in seconds)."""
+
+    def __init__(self, number):
+        self.number = number
+        self.begin = 0.0  # when it began to connect
+        self.end = 0.0
+        self.waits = []  # pairs: when it asked, when it was answered
+        self.transcript = []  # a line for each request
+
+    @property
+    def first_reply(self):
+        """Seconds from the wish to connect to the first reply."""
+        return self.waits[0][1] - self.begin
+
+
+class Conversation:
+    """All clients' conversations with one server."""
+
+    def __init__(self, host, port, options):
+        self.host = host
+        self.port = port
+        self.options = options
+        self.clients = [Client(n + 1) for n in range(options.connections)]
+        self.counts = []  # the replies to INCR, of all clients
+        self.mistakes = []  # replies that were not what they should be
+        self.reached = False  # True once a connection has been made
+        self.served = 0
+        self.start = 0.0
+        self.midway = {}  # INFO while the clients were there, and at the end
+        self.info = {}
+        # Keys of our own: the server may have been running for a while.
+        self.prefix = f"{os.getpid()}-{time.time_ns():x}:"
+
+    @property
+    def elapsed(self):
+        return max(client.end for client in self.clients) - self.start
+
+    def run(self):
+        """Hold all conversations. Raises Failed if one could not be held."""
+        try:
+            asyncio.run(asyncio.wait_for(self.talk(), self.options.timeout))
+        except asyncio.TimeoutError:
+            raise Failed(
+                f"time ran out after {self.options.timeout:g} s: "
+                f"{self.served} of {len(self.clients)} clients were served"
+            ) from None
+
+    async def talk(self):
+        self.start = time.monotonic()
+        progress = asyncio.ensure_future(self.show_progress())
+        try:
+            await asyncio.gather(*map(self.converse, self.clients))
+            await self.check_counter()
+        finally:
+            progress.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await progress
+
+    async def converse(self, client):
+        """One client's conversation, from connect to close."""
+        client.begin = time.monotonic()
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                await self.connect_and_talk(client)
+                break
+            except NotAccepted:
+                if client.waits or attempt == ATTEMPTS:
+                    raise
+                await asyncio.sleep(0.1 * attempt)
+        client.end = time.monotonic()
+        self.served += 1
+
+    async def connect_and_talk(self, client):
+        asked = client.begin
+        reader, writer = await self.connect()
+        try:
+            for turn in range(self.options.requests):
+                if turn:
+                    await asyncio.sleep(self.options.think)
+                    asked = time.monotonic()
+                words, expected = self.request(client.number, turn)
+                reply = await self.ask(reader, writer, *words)
+                client.waits.append((asked, time.monotonic()))
+                self.check(client, words, reply, expected)
+                if client.number == 1 and turn == self.options.requests // 2:
+                    self.midway = await self.ask_info(reader, writer)
+        finally:
+            writer.close()
+
+    def request(self, number, turn):
+        """Return what a client asks in this turn, and the right reply."""
+        if turn % 2:
+            return ("INCR", "counter"), None  # it depends on the others
+        key, value = f"key:{number}", f"value-{number}.{turn // 4 + 1}"
+        if turn % 4:
+            return ("GET", key), f"${len(value)}\r\n{value}\r\n".encode()
+        return ("SET", key, value), b"+OK\r\n"
+
+    def check(self, client, words, reply, expected):
+        """Write a request and its reply down, and see that they fit."""
+        asked = f"client {client.number}: {' '.join(words)}"
+        if expected is None and reply[:1] == b":":
+            self.counts.append(int(reply[1:]))
+            expected = reply = b":(a number)"
+        if reply != expected:
+            self.mistakes.append(f"{asked} was answered with {reply[:80]!r}")
+        answer = reply.decode(errors="backslashreplace").split("\r\n")
+        client.transcript.append(f"{asked} -> {' '.join(answer).rstrip()}")
+
+    async def check_counter(self):
+        """See that no INCR was lost or done twice. Ask for INFO, as well."""
+        reader, writer = await self.connect()
+        try:
+            total = len(self.counts)
+            reply = await self.ask(reader, writer, "INCRBY", "counter", "0")
+            if reply != b":%d\r\n" % total:
+                self.mistakes.append(
+                    f"after INCR, {total} times, the counter is {reply[:80]!r}"
+                )
+            elif sorted(self.counts) != list(range(1, total + 1)):
+                self.mistakes.append("INCR gave the same number twice")
+            self.info = await self.ask_info(reader, writer)
+        finally:
+            writer.close()
+
+    async def connect(self):
+        """Open a connection; return the streams to read from and write to."""
+        try:
+            streams = await asyncio.wait_for(
+                asyncio.open_connection(self.host, self.port), CONNECT_TIMEOUT
+            )
+            self.reached = True
+            return streams
+        except asyncio.TimeoutError:
+            error = NotAccepted("no answer")
+        except (OSError, OverflowError, ValueError) as failure:
+            kind = NotAccepted if self.reached else Failed
+            error = kind(getattr(failure, "strerror", None) or failure)
+        raise type(error)(f"no server at {self.host}:{self.port}: {error}")
+
+    async def ask(self, reader, writer, command, *words):
+        """Send a request; return its reply, as the bytes that came."""
+        if words:
+            words = self.prefix + words[0], *words[1:]
+        reply = b""
+        try:
+            writer.write(encode(command, *words))
+            reply = await reader.readline()
+            if reply[:1] == b"$" and reply != b"$-1\r\n":
+                reply += await reader.readexactly(int(reply[1:]) + 2)
+        except ValueError:
+            raise Failed(f"this is no reply: {reply[:80]!r}") from None
+        except OSError as error:
+            raise NotAccepted(f"a connection broke: {error}") from None
+        except asyncio.IncompleteReadError:
+            reply = b""
+        if not reply.endswith(b"\r\n"):
+            raise Failed("the server closed a connection and owed it a reply")
+        return reply
+
+    async def ask_info(self, reader, writer):
+        """Return what the server says of itself, as a dict; {} if nothing."""
+        reply = (await self.ask(reader, writer, "INFO")).decode()
+        pairs = (line.partition(":") for line in reply.split("\r\n")[1:])
+        return {name: value for name, colon, value in pairs if colon}
+
+    async def show_progress(self):
+        """Every now and then say how far it is, if somebody is watching."""
+        shown = False
+        try:
+            while sys.stderr.isatty():
+                await asyncio.sleep(0.5)
+                print(
+                    f"\r{self.served} of {len(self.clients)} clients served",
+                    f"after {time.monotonic() - self.start:.0f} s ",
+                    end="",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                shown = True
+        finally:
+            if shown:
+                print("\r" + " " * 60, end="\r", file=sys.stderr, flush=True)
+
+
+def encode(*words):
+    """Return a request in RESP, Redis's protocol: an array of bulk strings."""
+    parts = [f"*{len(words)}\r\n".encode()]
+    for word in map(str.encode, words):
+        parts.append(b"$%d\r\n%b\r\n" % (len(word), word))
+    return b"".join(parts)
+
+
+# ---- A server of our own ----------------------------------------------------
+
+
+class Server:
+    """Runs a server script on a free port while a `with` block lasts."""
+
+    def __init__(self, script, timeout):
+        self.script = script
+        self.timeout = timeout  # seconds to start in, and to stop in
+
+    def __enter__(self):
+        command = [sys.executable, self.script, "--port", "0"]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, universal_newlines=True
+        )
+        watchdog = threading.Timer(self.timeout, self.process.kill)
+        watchdog.start()
+        line = self.process.stdout.readline()
+        watchdog.cancel()
+        if "listening on " not in line:
+            self.process.kill()
+            self.process.wait()
+            raise Failed(f"{self.script} did not start")
+        address = line.split("listening on ")[1].strip()
+        self.host, _, port = address.rpartition(":")
+        self.port = int(port)
+        return self
+
+    def __exit__(self, *exception):
+        if exception[0]:  # what went wrong may be that the server has died
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.2)
+        died = self.process.poll()
+        self.process.terminate()
+        try:
+            self.process.communicate(timeout=self.timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+        status = self.process.returncode
+        if died is not None:
+            raise Failed(f"{self.script} died: exit status {status}") from None
+        if status and not exception[0]:
+            raise Failed(f"{self.script} stopped with exit status {status}")
+
+
+# ---- Drawing ----------------------------------------------------------------
+
+
+def glyphs():
+    """Return two signs, for waiting and for talking, that stdout can show."""
+    try:
+        "░█".encode(sys.stdout.encoding or "ascii")
+        return "░█"
+    except UnicodeEncodeError:
+        return ".#"
+
+
+def sample(things, most):
+    """Return `most` of the things, evenly spread, or all if they are fewer."""
+    if len(things) <= most:
+        return things
+    return [things[i * (len(things) - 1) // (most - 1)] for i in range(most)]
+
+
+def timeline(conversation):
+    """Return lines of text: what each client did, from left to right."""
+    waiting, talking = glyphs()
+    clients = conversation.clients
+    shown = sample(clients, MOST_LINES)
+    margin = len(str(len(clients))) + 3
+    columns = WIDTH - margin
+    step = conversation.elapsed / columns
+    lines = []
+    for client in shown:
+        row = ""
+        for column in range(columns):
+            begin = conversation.start + column * step
+            end = begin + step
+            waited = sum(
+                max(0, min(end, answered) - max(begin, asked))
+                for asked, answered in client.waits
+            )
+            if end > client.begin and begin < client.end:
+                row += waiting if waited > step / 2 else talking
+            else:
+                row += " "
+        lines.append(f"{client.number:{margin - 1}} {row.rstrip()}")
+    end = f"{conversation.elapsed:.2f} s"
+    lines.append(" " * margin + "0 s" + end.rjust(columns - 3))
+    legend = f"{waiting} waits for the server   {talking} is in conversation"
+    if len(shown) < len(clients):
+        legend += f"   ({len(shown)} of {len(clients)} clients)"
+    lines.append(" " * margin + legend)
+    return lines
+
+
+def results(conversation):
+    """Return what came of it, as {name: text}, INFO's figures included."""
+    firsts = [client.first_reply for client in conversation.clients]
+    midway, info = conversation.midway, conversation.info
+
+    def total(*names):
+        """Add up fields of INFO; 0 if the server does not have them."""
+        return sum(float(info.get(name, 0)) for name in names)
+
+    cpu = total("used_cpu_user", "used_cpu_sys")
+    switches = total(
+        "voluntary_context_switches", "involuntary_context_switches"
+    )
+    rows = {
+        "time elapsed": f"{conversation.elapsed:.2f} s",
+        "first reply, median": f"{statistics.median(firsts) * 1000:.0f} ms",
+        "first reply, worst": f"{max(firsts) * 1000:.0f} ms",
+        "connected, midway": midway.get("connected_clients", "-"),
+        "threads, midway": midway.get("threads", "-"),
+        "CPU time of the server": f"{cpu:.2f} s",
+        "context switches": f"{switches:,.0f}",
+        "memory, at most": f"{total('used_memory_peak') / 2**20:.1f} MiB",
+    }
+    if "polls" in info:
+        rows["polls"] = f"{total('polls'):,.0f}"
+        in_vain = total("polls_empty_handed") / total("polls")
+        rows["polls empty-handed"] = f"{in_vain:.2%}"
+    if "wakeups" in info:
+        rows["wake-ups"] = f"{total('wakeups'):,.0f}"
+        rows["events"] = f"{total('events'):,.0f}"
+    return rows
+
+
+def table(columns):
+    """Return lines of text: the results of several servers side by side.
+
+    `columns` is {title: what results() returned}.
+    """
+    names = dict.fromkeys(name for rows in columns.values() for name in rows)
+    width = min((WIDTH - 23) // len(columns), 14)
+    lines = [" " * 23 + "".join(title.rjust(width) for title in columns)]
+    for name in names:
+        texts = [rows.get(name, "-").rjust(width) for rows in columns.values()]
+        lines.append(f"{name:23}" + "".join(texts))
+    return lines
+
+
+# ---- The command line -------------------------------------------------------
+
+
+def raise_descriptor_limit(needed):
+    """Allow this process as many open files as it may have.
+
+    Raises Failed if they are fewer than `needed`.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in hard, 10240:  # macOS may say "unlimited" and take only 10240
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            soft = limit
+            break
+    if needed > soft != resource.RLIM_INFINITY:
+        raise Failed(
+            f"this takes {needed} open files, and only {soft} are allowed here"
+            " (see ulimit -n)"
+        )
+
+
+def visit(script, options):
+    """Talk to one server, show what came of it, and return the Conversation.
+
+    `script` is started and stopped again; None is for a server that runs.
+    """
+    print(
+        f"{script or 'the server'}: {options.connections} clients at once,"
+        f" {options.requests} requests each,"
+        f" {options.think:g} s of thought between them\n",
+        flush=True,
+    )
+    if script:
+        with Server(script, options.timeout) as server:
+            conversation = Conversation(server.host, server.port, options)
+            conversation.run()
+    else:
+        conversation = Conversation(options.host, options.port, options)
+        conversation.run()
+    print(*timeline(conversation), "", sep="\n", flush=True)
+    return conversation
+
+
+def transcript(conversation):
+    """Return, as lines, what was said. Nothing in it depends on timing."""
+    lines = []
+    for client in conversation.clients:
+        lines += client.transcript
+    wrong = len(conversation.mistakes)
+    lines.append(f"all: {len(conversation.counts)} INCRs, {wrong} mistakes")
+    return [f"{line}\n" for line in lines]
+
+
+def write(path, lines):
+    """Write lines of text to a file, in a folder that is made if need be."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "w") as file:
+            file.writelines(lines)
+    except OSError as error:
+        raise Failed(f"cannot write {path}: {error.strerror}") from None
+
+
+def command_line():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="of a server that runs already")
+    add("--port", type=int, default=6380)
+    add("--connections", type=int, default=8, help="at once (8)")
+    add("--requests", type=int, default=4, help="on each connection (4)")
+    add("--think", type=float, default=0.05, help="seconds between (0.05)")
+    add("--timeout", type=float, default=30, help="seconds for a server (30)")
+    add(
+        "--server",
+        action="append",
+        default=[],
+        metavar="SCRIPT",
+        help="start this one and stop it again; may be given several times",
+    )
+    add(
+        "--transcript",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write down what was said; once, or once for each --server",
+    )
+    options = parser.parse_args()
+    for name in "connections", "requests", "timeout":
+        if not 0 < getattr(options, name) < 1e6:
+            parser.error(f"--{name} must be more than 0")
+    if not 0 <= options.think < 1e6:
+        parser.error("--think must be 0 or more")
+    if len(options.transcript) not in (0, 1, len(options.server)):
+        parser.error("--transcript goes once, or once with each --server")
+    return options
+
+
+def main():
+    options = command_line()
+    raise_descriptor_limit(options.connections + 20)
+    scripts = options.server or [None]
+    columns, transcripts = {}, []
+    for number, script in enumerate(scripts):
+        conversation = visit(script, options)
+        transcripts.append(transcript(conversation))
+        if options.transcript:
+            path = options.transcript[number % len(options.transcript)]
+            write(path, transcripts[-1])
+        if conversation.mistakes:
+            count, first = len(conversation.mistakes), conversation.mistakes[0]
+            raise Failed(f"{count} wrong; the first: {first}")
+        stem = os.path.splitext(os.path.basename(script or "server"))[0]
+        columns[" ".join(stem.split("_")[:2])] = results(conversation)
+    if len(scripts) > 1:
+        for script, other in zip(scripts[1:], transcripts[1:]):
+            if other != transcripts[0]:
+                names = scripts[0], script
+                sys.stdout.writelines(
+                    difflib.unified_diff(transcripts[0], other, *names)
+                )
+                raise Failed(f"{script} gave other replies than {scripts[0]}")
+        print(f"All {len(scripts)} transcripts are the same: ", end="")
+        print(f"{len(transcripts[0]) - 1} requests, the same replies.\n")
+    print(*table(columns), sep="\n")
+
+
+if __name__ == "__main__":
+    # Whoever ends this client ends the server that it has started, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main()
+    except Failed as failure:
+        sys.exit(f"client.py: {failure}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
