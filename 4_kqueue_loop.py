@@ -285,6 +285,7 @@ except ImportError:
             if not max_events:
                 return []
             events = []
+            timeout = -1 if timeout is None else timeout
             for ident, ready in self.epoll.poll(timeout, max_events):
                 if ready & TROUBLE:  # recv or send will tell which
                     ready |= self.masks[ident]

@@ -324,8 +324,9 @@ def timeline(conversation):
                 max(0, min(end, answered) - max(begin, asked))
                 for asked, answered in client.waits
             )
-            if end > client.begin and begin < client.end:
-                row += waiting if waited > step / 2 else talking
+            present = min(end, client.end) - max(begin, client.begin)
+            if present > 0:
+                row += waiting if waited > present / 2 else talking
             else:
                 row += " "
         lines.append(f"{client.number:{margin - 1}} {row.rstrip()}")
