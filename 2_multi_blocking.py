@@ -120,6 +120,7 @@ class TCPServer:
         return {
             "connected_clients": len(self.connections),
             "total_connections_received": self.accepted,
+            "threads_started": self.accepted,
         }
 
 

@@ -17,9 +17,11 @@ import argparse
 import asyncio
 import contextlib
 import difflib
+import html
 import os
 import resource
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -210,9 +212,7 @@ class Conversation:
 
     async def ask_info(self, reader, writer):
         """Return what the server says of itself, as a dict; {} if nothing."""
-        reply = (await self.ask(reader, writer, "INFO")).decode()
-        pairs = (line.partition(":") for line in reply.split("\r\n")[1:])
-        return {name: value for name, colon, value in pairs if colon}
+        return parse_info(await self.ask(reader, writer, "INFO"))
 
     async def show_progress(self):
         """Every now and then say how far it is, if somebody is watching."""
@@ -239,6 +239,13 @@ def encode(*words):
     for word in map(str.encode, words):
         parts.append(b"$%d\r\n%b\r\n" % (len(word), word))
     return b"".join(parts)
+
+
+def parse_info(reply):
+    """Return what a reply to INFO says, as {name: text}; {} if nothing."""
+    lines = reply.decode(errors="replace").split("\r\n")
+    pairs = (line.partition(":") for line in lines[1:])
+    return {name: value for name, colon, value in pairs if colon}
 
 
 # ---- A server of our own ----------------------------------------------------
@@ -343,47 +350,327 @@ def results(conversation):
     """Return what came of it, as {name: text}, INFO's figures included."""
     firsts = [client.first_reply for client in conversation.clients]
     midway, info = conversation.midway, conversation.info
-
-    def total(*names):
-        """Add up fields of INFO; 0 if the server does not have them."""
-        return sum(float(info.get(name, 0)) for name in names)
-
-    cpu = total("used_cpu_user", "used_cpu_sys")
-    switches = total(
-        "voluntary_context_switches", "involuntary_context_switches"
-    )
-    rows = {
+    memory = total(info, "used_memory_peak")
+    return {
         "time elapsed": f"{conversation.elapsed:.2f} s",
-        "first reply, median": f"{statistics.median(firsts) * 1000:.0f} ms",
-        "first reply, worst": f"{max(firsts) * 1000:.0f} ms",
-        "connected, midway": midway.get("connected_clients", "-"),
+        "first reply, median": milliseconds(statistics.median(firsts)),
+        "first reply, worst": milliseconds(max(firsts)),
+        "clients, midway": midway.get("connected_clients", "-"),
         "threads, midway": midway.get("threads", "-"),
-        "CPU time of the server": f"{cpu:.2f} s",
-        "context switches": f"{switches:,.0f}",
-        "memory, at most": f"{total('used_memory_peak') / 2**20:.1f} MiB",
+        "CPU time of the server": f"{cpu_time(info):.2f} s",
+        "memory, at most": f"{memory / 2**20:.1f} MiB",
+        **tally(info),
     }
+
+
+def tally(info):
+    """Return the server's own count of what the pattern took."""
+    switches = total(
+        info, "voluntary_context_switches", "involuntary_context_switches"
+    )
+    rows = {"context switches": f"{switches:,.0f}"}
+    if "threads_started" in info:
+        rows["threads started"] = info["threads_started"]
     if "polls" in info:
-        rows["polls"] = f"{total('polls'):,.0f}"
-        in_vain = total("polls_empty_handed") / total("polls")
+        rows["polls"] = f"{total(info, 'polls'):,.0f}"
+        in_vain = total(info, "polls_empty_handed") / total(info, "polls")
         rows["polls empty-handed"] = f"{in_vain:.2%}"
     if "wakeups" in info:
-        rows["wake-ups"] = f"{total('wakeups'):,.0f}"
-        rows["events"] = f"{total('events'):,.0f}"
+        wakeups, events = total(info, "wakeups"), total(info, "events")
+        rows["wake-ups"] = f"{wakeups:,.0f}"
+        rows["events per wake-up"] = f"{events / wakeups:.2f}"
     return rows
 
 
-def table(columns):
-    """Return lines of text: the results of several servers side by side.
+def total(info, *names):
+    """Add up fields of INFO. One that the server does not have counts 0."""
+    return sum(float(info.get(name, 0)) for name in names)
 
-    `columns` is {title: what results() returned}.
+
+def cpu_time(info):
+    return total(info, "used_cpu_user", "used_cpu_sys")
+
+
+def milliseconds(seconds):
+    return f"{seconds * 1000:.0f} ms"
+
+
+def table(columns, names, indent=""):
+    """Return lines of text: a line for each name, a column for each server.
+
+    `columns` is {title: {name: text}}. A line with no text is left out.
     """
-    names = dict.fromkeys(name for rows in columns.values() for name in rows)
-    width = min((WIDTH - 23) // len(columns), 14)
-    lines = [" " * 23 + "".join(title.rjust(width) for title in columns)]
+    width = min((WIDTH - 24) // len(columns), 14)
+    lines = []
     for name in names:
-        texts = [rows.get(name, "-").rjust(width) for rows in columns.values()]
-        lines.append(f"{name:23}" + "".join(texts))
+        texts = [rows.get(name, "-") for rows in columns.values()]
+        if set(texts) != {"-"}:
+            texts = [text.rjust(width) for text in texts]
+            lines.append(f"{indent + name:24}" + "".join(texts))
     return lines
+
+
+def heading(columns):
+    return "".join(table({title: {"": title} for title in columns}, [""]))
+
+
+# ---- A picture --------------------------------------------------------------
+
+STYLE = """
+text { font: 13px sans-serif; fill: #1f2328; }
+.page { fill: #ffffff; }
+.waits { fill: #e8b339; }
+.talks { fill: #1f6feb; }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e6edf3; }
+  .page { fill: #0d1117; }
+  .waits { fill: #9a6700; }
+  .talks { fill: #58a6ff; }
+}
+"""
+
+
+def picture(conversations):
+    """Return an SVG, as text: all servers' clients, on one scale of time.
+
+    `conversations` is {name of the script: Conversation}.
+    """
+    left, right, height = 40, 760, 14  # pixels; the height is that of a client
+    longest = max(c.elapsed for c in conversations.values())
+    parts, y = [], 10
+
+    def text(x, words, anchor="start"):
+        parts.append(
+            f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}">'
+            f"{html.escape(words)}</text>"
+        )
+
+    def bar(kind, begin, end):
+        """Draw a bar from one time to another, in seconds from the start."""
+        x, width = (
+            seconds / longest * (right - left) for seconds in (begin, end - begin)
+        )
+        parts.append(
+            f'<rect class="{kind}" x="{left + x:.1f}" y="{y - height + 4}"'
+            f' width="{max(width, 0.5):.1f}" height="{height - 3}"/>'
+        )
+
+    y += 15
+    bar("waits", 0, longest / 30)
+    text(left + 32, "waits for the server")
+    bar("talks", longest / 4, longest / 4 + longest / 30)
+    text(left + 212, "is in conversation with it")
+    for script, conversation in conversations.items():
+        y += 30
+        text(left, f"{script}: {conversation.elapsed:.2f} s")
+        for client in sample(conversation.clients, MOST_LINES):
+            y += height
+            text(left - 6, str(client.number), "end")
+            begin, end, start = client.begin, client.end, conversation.start
+            bar("talks", begin - start, end - start)
+            for asked, answered in client.waits:
+                bar("waits", asked - start, answered - start)
+    y += 20
+    text(left, "0 s")
+    text(right, f"{longest:.2f} s", "end")
+    y += 15
+    size = f'width="{right + 40}" height="{y}" viewBox="0 0 {right + 40} {y}"'
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
+            "<title>What each client did: wait, or talk to the server</title>",
+            f"<style>{STYLE}</style>",
+            f'<rect class="page" width="{right + 40}" height="{y}"/>',
+            *parts,
+            "</svg>\n",
+        ]
+    )
+
+
+# ---- Comparing --------------------------------------------------------------
+
+CROWD = 500  # connections to hold open
+PATIENCE = 1.0  # seconds to wait for a reply before it counts as missing
+
+# The rows of the table, and below each group of them the reason.
+QUESTIONS = [
+    (
+        "Eight clients at once, each thinks between its requests",
+        ["time elapsed", "first reply, median", "first reply, worst"],
+        "The first pattern serves one to the end while the others wait.",
+    ),
+    (
+        "A client sends half a request and goes quiet",
+        ["another's PING"],
+        "Blocked in recv for one client, a thread can do nothing for another.",
+    ),
+    (
+        "A handler blocks for 0.5 s (DEBUG SLEEP 0.5)",
+        ["another's PING then"],
+        "Where one thread serves all, a handler that blocks holds up all. Here"
+        "\n  the event loop loses to threads: its handlers must never block.",
+    ),
+    (
+        "Eight clients are connected, and silent",
+        ["CPU in use"],
+        "Who blocks, sleeps. Who polls, works all the time, for nothing.",
+    ),
+    (
+        f"{CROWD} clients are connected, and each sends a PING",
+        ["threads meanwhile", "memory for each", "all answered after"],
+        "A thread has a stack; a client of the loop is a few small objects.",
+    ),
+    (
+        "What that took, by the server's own count",
+        [
+            "context switches",
+            "threads started",
+            "polls empty-handed",
+            "wake-ups",
+            "events per wake-up",
+        ],
+        "Threads cost switches, polling costs calls for nothing. The more"
+        "\n  clients are busy, the more events the loop gets for one wake-up.",
+    ),
+]
+
+CHOICE = """\
+Choose  1 single  for one client at a time: a tool, a test, a first try.
+        2 multi   for some hundreds of clients, and handlers that may block.
+        3 busy    when a core may burn to save microseconds. Hardly ever.
+        4 kqueue  for thousands of clients, and handlers that never block."""
+
+
+class Line:
+    """A connection for one question at a time. Waits PATIENCE at most."""
+
+    def __init__(self, server):
+        address = server.host, server.port
+        self.socket = socket.create_connection(address, PATIENCE)
+        self.replies = self.socket.makefile("rb")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.replies.close()
+        self.socket.close()
+
+    def send(self, *words):
+        self.asked = time.monotonic()
+        self.socket.sendall(encode(*words))
+
+    def reply(self):
+        """Return the reply, as bytes, or None if it takes too long."""
+        try:
+            line = self.replies.readline()
+            if line[:1] == b"$":
+                line += self.replies.read(int(line[1:]) + 2)
+        except OSError:  # most likely socket.timeout
+            return None
+        if not line:
+            raise Failed("the server closed a connection")
+        return line
+
+    def time_to_reply(self):
+        """Return how long the reply has taken, as text."""
+        if self.reply() is None:
+            return "must wait"
+        return milliseconds(time.monotonic() - self.asked)
+
+    def info(self):
+        self.send("INFO")
+        return parse_info(self.reply() or b"")
+
+
+def ask_half_a_request(server):
+    with Line(server) as half, Line(server) as other:
+        half.socket.sendall(encode("PING")[:-4])
+        other.send("PING")
+        return {"another's PING": other.time_to_reply()}
+
+
+def ask_a_blocking_handler(server):
+    with Line(server) as sleeper, Line(server) as other:
+        sleeper.send("DEBUG", "SLEEP", "0.5")
+        time.sleep(0.05)  # by now it is asleep
+        other.send("PING")
+        return {"another's PING then": other.time_to_reply()}
+
+
+def ask_silent_clients(server):
+    with contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(Line(server)) for _ in range(8)]
+        before = lines[0].info()
+        time.sleep(1)
+        used = cpu_time(lines[0].info()) - cpu_time(before)
+    return {"CPU in use": f"{used:.0%}"}
+
+
+def ask_a_crowd(server):
+    with contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(Line(server))]
+        before = resident_memory(lines[0].info())
+        with contextlib.suppress(OSError):  # not all find a place in the queue
+            while len(lines) < CROWD:
+                lines.append(stack.enter_context(Line(server)))
+        start = time.monotonic()
+        for line in lines:
+            line.send("PING")
+        answered = 0
+        while answered < len(lines) and lines[answered].reply():
+            answered += 1
+        elapsed = time.monotonic() - start
+        info = lines[0].info()
+        after = resident_memory(info)
+    rows = {"threads meanwhile": info["threads"]}
+    if answered < CROWD:
+        rows["all answered after"] = f"{answered} was"
+    else:
+        rows["all answered after"] = milliseconds(elapsed)
+        if before and after:
+            each = (after - before) / CROWD / 1024
+            rows["memory for each"] = f"{each:.1f} KiB"
+    return rows
+
+
+def resident_memory(info):
+    """Return the bytes in use by the process that sent `info`, or None."""
+    pid = info["process_id"]
+    with contextlib.suppress(OSError, IndexError):  # on Linux
+        with open(f"/proc/{pid}/status") as status:
+            return int(status.read().split("VmRSS:")[1].split()[0]) * 1024
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+        command = ["ps", "-o", "rss=", "-p", pid]
+        return int(subprocess.check_output(command)) * 1024
+    return None
+
+
+def compare(scripts, options):
+    """Ask all servers all questions, and print the table of the answers."""
+    columns = {}
+    for script in scripts:
+        if sys.stderr.isatty():
+            print(f"\r{script} ...".ljust(40), end="\r", file=sys.stderr)
+        with Server(script, options.timeout) as server:
+            conversation = Conversation(server.host, server.port, options)
+            conversation.run()
+            rows = results(conversation)
+            for ask in (
+                ask_half_a_request,
+                ask_a_blocking_handler,
+                ask_silent_clients,
+                ask_a_crowd,
+            ):
+                rows.update(ask(server))
+            with Line(server) as line:
+                rows.update(tally(line.info()))
+        columns[title(script)] = rows
+    print(heading(columns))
+    for question, names, reason in QUESTIONS:
+        print("", question, sep="\n")
+        print(*table(columns, names, "  "), f"  {reason}", sep="\n")
+    print("", CHOICE, sep="\n")
 
 
 # ---- The command line -------------------------------------------------------
@@ -429,6 +716,12 @@ def visit(script, options):
     return conversation
 
 
+def title(script):
+    """Return a short name for a script: "3 busy" for 3_busy_wait.py."""
+    stem = os.path.splitext(os.path.basename(script))[0]
+    return " ".join(stem.split("_")[:2])
+
+
 def transcript(conversation):
     """Return, as lines, what was said. Nothing in it depends on timing."""
     lines = []
@@ -443,7 +736,7 @@ def write(path, lines):
     """Write lines of text to a file, in a folder that is made if need be."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "w") as file:
+        with open(path, "w", encoding="utf-8") as file:
             file.writelines(lines)
     except OSError as error:
         raise Failed(f"cannot write {path}: {error.strerror}") from None
@@ -476,7 +769,15 @@ def command_line():
         metavar="FILE",
         help="write down what was said; once, or once for each --server",
     )
+    add("--svg", metavar="FILE", help="draw the clients of all servers")
+    add(
+        "--compare",
+        action="store_true",
+        help="ask each --server what its pattern costs, and print a table",
+    )
     options = parser.parse_args()
+    if options.compare and not options.server:
+        parser.error("--compare needs a --server")
     for name in "connections", "requests", "timeout":
         if not 0 < getattr(options, name) < 1e6:
             parser.error(f"--{name} must be more than 0")
@@ -490,19 +791,23 @@ def command_line():
 def main():
     options = command_line()
     raise_descriptor_limit(options.connections + 20)
+    if options.compare:
+        return compare(options.server, options)
     scripts = options.server or [None]
-    columns, transcripts = {}, []
+    columns, transcripts, conversations = {}, [], {}
     for number, script in enumerate(scripts):
         conversation = visit(script, options)
         transcripts.append(transcript(conversation))
+        conversations[script or "the server"] = conversation
         if options.transcript:
             path = options.transcript[number % len(options.transcript)]
             write(path, transcripts[-1])
         if conversation.mistakes:
             count, first = len(conversation.mistakes), conversation.mistakes[0]
             raise Failed(f"{count} wrong; the first: {first}")
-        stem = os.path.splitext(os.path.basename(script or "server"))[0]
-        columns[" ".join(stem.split("_")[:2])] = results(conversation)
+        columns[title(script or "server")] = results(conversation)
+    if options.svg:
+        write(options.svg, [picture(conversations)])
     if len(scripts) > 1:
         for script, other in zip(scripts[1:], transcripts[1:]):
             if other != transcripts[0]:
@@ -513,7 +818,8 @@ def main():
                 raise Failed(f"{script} gave other replies than {scripts[0]}")
         print(f"All {len(scripts)} transcripts are the same: ", end="")
         print(f"{len(transcripts[0]) - 1} requests, the same replies.\n")
-    print(*table(columns), sep="\n")
+    names = dict.fromkeys(name for rows in columns.values() for name in rows)
+    print(heading(columns), *table(columns, names), sep="\n")
 
 
 if __name__ == "__main__":
