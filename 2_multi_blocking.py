@@ -48,6 +48,8 @@ class TCPServer:
         self.listener = socket.create_server(
             address, family=family, backlog=BACKLOG
         )
+        # Send each reply at once. The connections take this over.
+        self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.new_conversation = new_conversation
         self.idle_timeout = idle_timeout
         self.connections = set()

@@ -47,6 +47,8 @@ class TCPServer:
         self.listener = socket.create_server(
             address, family=family, backlog=BACKLOG
         )
+        # Send each reply at once. The connections take this over.
+        self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.listener.setblocking(False)
         self.new_conversation = new_conversation
         self.idle_timeout = idle_timeout
@@ -123,7 +125,7 @@ class TCPServer:
 
 
 class Client:
-    """One connection, which does a step at a time and never waits."""
+    """One connection. It takes one step at a time, and never waits."""
 
     __slots__ = ("connection", "conversation", "idle_timeout", "deadline")
     __slots__ += ("outgoing", "lingering")
@@ -137,13 +139,13 @@ class Client:
         self.lingering = False
 
     def run(self, now):
-        """Do one step: send what is owed or, if nothing is, read and answer.
+        """Take a step: send what is owed or, if nothing is, read and answer.
 
-        Who does not read his replies is not read from either: his requests
-        wait in the kernel, and when its buffers are full they wait with him.
-        Returns False at the end of the connection. Raises BlockingIOError if
-        the kernel has nothing to read or no room to write, and OSError if the
-        connection is broken.
+        A client that does not read its replies is not read from either. Its
+        requests stay in the kernel and, when that is full, with the client:
+        this is backpressure. Returns False at the end of the connection.
+        Raises BlockingIOError if nothing can be read, or written, at present,
+        and OSError if the connection is broken.
         """
         if not self.outgoing:
             data = self.connection.recv(CHUNK)

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Pattern 4: an event loop on kqueue. One thread waits for everybody at once.
 
-Sockets are non-blocking, as in the busy wait. But now the kernel is asked one
-question only: which of these descriptors can be read or written by now? The
-thread sleeps in it, and wakes up with a list of those that are worth a call.
+Sockets are non-blocking, as in the busy wait. But the loop asks the kernel one
+question only: which of all these descriptors are ready to be read or written?
+It sleeps until there are some, and then makes the calls that are worth it.
 
     listener  --.
-    client A  --|    .--------.   "B and C        .------.   B --> Client.run
-    client B  --+--> | kqueue | -- are ready" --> | loop | --
-    client C  --'    '--------'                   '------'   C --> Client.run
-                      waits for all                  waits for nobody
+    client A  --|     .--------.                     .------.
+    client B  --+---> | kqueue | -- "B and C are --> | loop | --> B.run()
+    client C  --'     '--------'     ready"          '------' --> C.run()
+                    the thread waits               it runs who is
+                    here, for them all             ready, and waits again
 
 Start it:  python3 4_kqueue_loop.py
 Ask it:    nc 127.0.0.1 6380   (then type: SET a 1, GET a, INFO)
@@ -49,6 +50,8 @@ class TCPServer:
         self.listener = socket.create_server(
             address, family=family, backlog=BACKLOG
         )
+        # Send each reply at once. The connections take this over.
+        self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.listener.setblocking(False)
         self.loop = EventLoop(self.listener, new_conversation, idle_timeout)
         self.thread = threading.Thread(target=self.loop.run, daemon=True)
@@ -91,6 +94,7 @@ class EventLoop:
         self.running = True
         self.accepting = False
         self.queue = kqueue()
+        # The queue can wait for sockets only, so that is how stop() wakes it.
         self.wake_me, self.waker = socket.socketpair()
         self.wake_me.setblocking(False)
         self.waker.setblocking(False)
@@ -160,7 +164,7 @@ class EventLoop:
             self.accepting = True
 
     def run_client(self, client, now):
-        """Let a client do a step, then wait for what it needs for the next."""
+        """Let a client take a step, then watch for what the next one needs."""
         try:
             if not client.run(now):
                 return self.close(client, "closed")
@@ -168,6 +172,8 @@ class EventLoop:
             pass
         except OSError as error:
             return self.close(client, f"lost: {error}")
+        # Either it reads or it writes. To watch for writes all the time would
+        # wake the loop all the time: a socket can nearly always be written.
         needs = KQ_FILTER_WRITE if client.outgoing else KQ_FILTER_READ
         if needs != client.waits_for:
             descriptor = client.connection.fileno()
@@ -197,7 +203,7 @@ class EventLoop:
 
 
 class Client:
-    """One connection, which does a step at a time and never waits."""
+    """One connection. It takes one step at a time, and never waits."""
 
     __slots__ = ("connection", "conversation", "idle_timeout", "deadline")
     __slots__ += ("outgoing", "lingering", "waits_for")
@@ -212,13 +218,13 @@ class Client:
         self.waits_for = KQ_FILTER_READ
 
     def run(self, now):
-        """Do one step: send what is owed or, if nothing is, read and answer.
+        """Take a step: send what is owed or, if nothing is, read and answer.
 
-        Who does not read his replies is not read from either: his requests
-        wait in the kernel, and when its buffers are full they wait with him.
-        Returns False at the end of the connection. Raises BlockingIOError if
-        the kernel has nothing to read or no room to write, and OSError if the
-        connection is broken.
+        A client that does not read its replies is not read from either. Its
+        requests stay in the kernel and, when that is full, with the client:
+        this is backpressure. Returns False at the end of the connection.
+        Raises BlockingIOError if nothing can be read, or written, at present,
+        and OSError if the connection is broken.
         """
         if not self.outgoing:
             data = self.connection.recv(CHUNK)
