@@ -8,6 +8,8 @@ MULTI = 2_multi_blocking
 BUSY = 3_busy_wait
 KQUEUE = 4_kqueue_loop
 DEMO = $(PYTHON) client.py
+SERVERS = --server $(SINGLE).py --server $(MULTI).py \
+	--server $(BUSY).py --server $(KQUEUE).py
 TRANSCRIPTS = build/$(SINGLE).txt build/$(MULTI).txt build/$(BUSY).txt \
 	build/$(KQUEUE).txt
 
@@ -18,6 +20,13 @@ help:
 	@echo 'make demo-busy    only the third: non-blocking, busy wait'
 	@echo 'make demo-kqueue  only the fourth: an event loop on kqueue'
 	@echo 'make diff         compare what the four servers replied'
+	@echo
+	@echo 'make compare      what each pattern costs, asked of all four'
+	@echo 'make scale        1 to 10,000 connections, as a plot'
+	@echo 'make bench        requests per second, with redis-benchmark'
+	@echo 'make syscalls     which system calls each pattern makes (Linux)'
+	@echo 'make pictures     the plots as SVG files, in build/'
+	@echo
 	@echo 'make test         run the tests, in a virtual environment of their own'
 	@echo 'make clean        remove all that was made (build/)'
 	@echo
@@ -29,6 +38,23 @@ demo:
 	  --server $(MULTI).py --transcript build/$(MULTI).txt \
 	  --server $(BUSY).py --transcript build/$(BUSY).txt \
 	  --server $(KQUEUE).py --transcript build/$(KQUEUE).txt
+
+compare:
+	@$(DEMO) --compare $(SERVERS)
+
+scale:
+	@$(PYTHON) tests/bench/scale.py
+
+bench:
+	@$(PYTHON) tests/bench/bench.py
+
+syscalls:
+	@$(PYTHON) tests/bench/syscalls.py
+
+pictures:
+	@$(DEMO) $(SERVERS) --svg build/demo.svg
+	@$(PYTHON) tests/bench/scale.py --svg build/scale.svg
+	@echo 'See build/demo.svg and build/scale.svg.'
 
 demo-single:
 	@$(DEMO) --server $(SINGLE).py --transcript build/$(SINGLE).txt
@@ -76,4 +102,5 @@ test:
 clean:
 	rm -rf build
 
-.PHONY: help demo demo-single demo-multi demo-busy demo-kqueue diff test clean
+.PHONY: help demo demo-single demo-multi demo-busy demo-kqueue diff compare \
+	scale bench syscalls pictures test clean

@@ -447,11 +447,10 @@ def picture(conversations):
 
     def bar(kind, begin, end):
         """Draw a bar from one time to another, in seconds from the start."""
-        x, width = (
-            seconds / longest * (right - left) for seconds in (begin, end - begin)
-        )
+        scale = (right - left) / longest
+        x, width = left + begin * scale, (end - begin) * scale
         parts.append(
-            f'<rect class="{kind}" x="{left + x:.1f}" y="{y - height + 4}"'
+            f'<rect class="{kind}" x="{x:.1f}" y="{y - height + 4}"'
             f' width="{max(width, 0.5):.1f}" height="{height - 3}"/>'
         )
 
@@ -463,6 +462,7 @@ def picture(conversations):
     for script, conversation in conversations.items():
         y += 30
         text(left, f"{script}: {conversation.elapsed:.2f} s")
+        y += 4
         for client in sample(conversation.clients, MOST_LINES):
             y += height
             text(left - 6, str(client.number), "end")
