@@ -30,6 +30,7 @@ import time
 
 WIDTH = 79  # columns to draw in
 ATTEMPTS = 10  # to connect, each after a longer pause
+BATCH = 1000  # clients to connect at once; the queue for accept() is finite
 CONNECT_TIMEOUT = 3  # seconds; the kernel alone would ask ever more seldom
 MOST_LINES = 20  # to draw; of more clients than that, a sample is shown
 
@@ -99,14 +100,34 @@ class Conversation:
 
     async def talk(self):
         self.start = time.monotonic()
+        self.all_open = asyncio.Event()
         progress = asyncio.ensure_future(self.show_progress())
+        tasks = []
         try:
-            await asyncio.gather(*map(self.converse, self.clients))
+            for client in self.clients:
+                if len(tasks) % BATCH == 0:
+                    await self.let_the_server_catch_up(tasks)
+                tasks.append(asyncio.ensure_future(self.converse(client)))
+            self.all_open.set()
+            await asyncio.gather(*tasks)
             await self.check_counter()
         finally:
             progress.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await progress
+
+    async def let_the_server_catch_up(self, tasks):
+        """Wait until those that have connected are served, but not for ever.
+
+        The kernel drops what does not fit into the queue for accept(), and
+        it may take the dropped ones a minute to get through.
+        """
+        end = time.monotonic() + CONNECT_TIMEOUT
+        clients = self.clients[: len(tasks)]
+        while not all(client.waits for client in clients):
+            if time.monotonic() > end or any(task.done() for task in tasks):
+                break
+            await asyncio.sleep(0.01)
 
     async def converse(self, client):
         """One client's conversation, from connect to close."""
@@ -134,6 +155,7 @@ class Conversation:
                 reply = await self.ask(reader, writer, *words)
                 client.waits.append((asked, time.monotonic()))
                 self.check(client, words, reply, expected)
+                await self.all_open.wait()
                 if client.number == 1 and turn == self.options.requests // 2:
                     self.midway = await self.ask_info(reader, writer)
         finally:
@@ -700,9 +722,9 @@ def visit(script, options):
     `script` is started and stopped again; None is for a server that runs.
     """
     print(
-        f"{script or 'the server'}: {options.connections} clients at once,"
-        f" {options.requests} requests each,"
-        f" {options.think:g} s of thought between them\n",
+        f"{os.path.basename(script or 'the server')}:"
+        f" {options.connections} clients at once,"
+        f" {options.requests} requests each, {options.think:g} s between\n",
         flush=True,
     )
     if script:
@@ -798,7 +820,7 @@ def main():
     for number, script in enumerate(scripts):
         conversation = visit(script, options)
         transcripts.append(transcript(conversation))
-        conversations[script or "the server"] = conversation
+        conversations[os.path.basename(script or "server")] = conversation
         if options.transcript:
             path = options.transcript[number % len(options.transcript)]
             write(path, transcripts[-1])
