@@ -127,8 +127,8 @@ class TCPServer:
 class Client:
     """One connection. It takes one step at a time, and never waits."""
 
-    __slots__ = ("connection", "conversation", "idle_timeout", "deadline")
-    __slots__ += ("outgoing", "lingering")
+    __slots__ = ("connection", "conversation", "idle_timeout", "deadline",
+                 "outgoing", "lingering")
 
     def __init__(self, connection, conversation, idle_timeout, now):
         self.connection = connection
@@ -204,8 +204,8 @@ class Conversation:
     """
 
     # With its names set down, an object takes less memory.
-    __slots__ = ("store", "incoming", "needed", "words", "missing", "room")
-    __slots__ += ("finished",)
+    __slots__ = ("store", "incoming", "needed", "words", "missing", "room",
+                 "finished")
 
     def __init__(self, store):
         self.store = store
@@ -392,10 +392,12 @@ class KeyValueStore:
 
 
 def bulk_reply(value):
+    """Return the reply that carries `value`: its length, and its bytes."""
     return b"$%d\r\n%b\r\n" % (len(value), value)
 
 
 def error_reply(text):
+    """Return the reply that tells of an error."""
     # A line break in it would end the reply early, and what follows would be
     # taken for a reply of its own.
     return b"-ERR %b\r\n" % text.replace(b"\r", b" ").replace(b"\n", b" ")
@@ -468,6 +470,7 @@ class OnceAMinute(logging.Filter):
 
 
 def command_line():
+    """Return the options, checked, or end the program with one line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -479,6 +482,8 @@ def command_line():
     add("--idle-timeout", type=float, default=60, metavar="SECONDS")
     add("-v", "--verbose", action="store_true", help="tell who comes and goes")
     options = parser.parse_args()
+    if not options.host:  # it would mean: listen to the whole world
+        parser.error("--host is empty")
     if not 0.001 <= options.idle_timeout <= 1e6:
         parser.error("--idle-timeout takes 0.001 to 1000000 seconds")
     return options
