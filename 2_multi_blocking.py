@@ -76,14 +76,14 @@ class TCPServer:
             return None
         self.accepted += 1
         descriptor = connection.fileno()
-        logging.info("%s:%s is descriptor %d", *address[:2], descriptor)
+        logging.info("descriptor %d is a client at %s", descriptor, address)
         return connection
 
     def start_thread(self, connection):
         """Have a new thread serve the connection, as soon as there is one."""
         while self.running:
             try:
-                # daemon: a thread must not keep the program from ending.
+                # daemon: it ends with the program, whatever it is doing.
                 threading.Thread(
                     target=self.handle, args=(connection,), daemon=True
                 ).start()
@@ -108,14 +108,9 @@ class TCPServer:
             connection.close()
 
     def stop(self):
-        """Accept no more, and end the connections."""
+        """Accept no more. The connections end with the program."""
         self.running = False
         self.listener.close()
-        for connection in list(self.connections):
-            try:
-                connection.shutdown(socket.SHUT_RDWR)
-            except OSError:  # it has ended by itself
-                pass
 
     def tally(self):
         """Return the server's own figures, for INFO."""
@@ -145,7 +140,7 @@ class IncomingTCPConnection:
                     break
                 self.conversation.receive(data)
                 while replies := self.conversation.replies():
-                    self.connection.sendall(replies)
+                    self.send(replies)
             else:
                 self.linger()
             logging.info("descriptor %d closed", descriptor)
@@ -153,6 +148,13 @@ class IncomingTCPConnection:
             logging.info("descriptor %d let go: too long silent", descriptor)
         except OSError as error:
             logging.info("descriptor %d lost: %s", descriptor, error)
+
+    def send(self, replies):
+        """Send replies. If the client has gone, its requests still count."""
+        try:
+            self.connection.sendall(replies)
+        except ConnectionError:
+            pass
 
     def limit_waiting(self, seconds):
         """Let recv and send give up, with BlockingIOError, after `seconds`.
@@ -506,15 +508,18 @@ def main():
             lambda: Conversation(store),
             options.idle_timeout,
         )
-    except (OSError, OverflowError, ValueError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:
         sys.exit(f"cannot listen on {options.host}:{options.port}: {error}")
     store.figures = lambda: figures(server)
 
+    stopped = False
+
     def stop(signal_number, frame):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        server.stop()
-        raise KeyboardInterrupt  # out of the call that the thread waits in
+        nonlocal stopped
+        if not stopped:  # a second signal must not disturb the end
+            stopped = True
+            server.stop()
+            raise KeyboardInterrupt  # out of the call that the thread is in
 
     try:
         # SIGINT as well: a script's "&" starts a program with SIGINT ignored.
@@ -525,6 +530,8 @@ def main():
         server.start()
     except KeyboardInterrupt:
         pass
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending already
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         for name, value in figures(server).items():
             print(f"{name}: {value}")

@@ -62,38 +62,40 @@ class TCPServer:
         """Serve, until stop() is called."""
         while self.running:
             now = time.monotonic()
-            self.accept(now)
+            while self.accept():
+                pass
             for client in list(self.clients):
                 self.poll(client, now)
 
-    def accept(self, now):
-        """Take in a client, if there is a new one."""
+    def accept(self):
+        """Take in a new client. Return whether there was one."""
         self.polls += 1
         try:
             connection, address = self.listener.accept()
         except BlockingIOError:
             self.empty_handed += 1
-            return
+            return False
         except ConnectionError:  # the client has given up in the meantime
-            return
+            return True
         except OSError as error:  # most likely EMFILE: no descriptor is free
             logging.warning("cannot accept: %s; will try again", error)
-            return
+            return False
         self.accepted += 1
         descriptor = connection.fileno()
-        logging.info("%s:%s is descriptor %d", *address[:2], descriptor)
+        logging.info("descriptor %d is a client at %s", descriptor, address)
         # macOS and the BSDs take this over from the listener, Linux does not.
         connection.setblocking(False)
         client = Client(
-            connection, self.new_conversation(), self.idle_timeout, now
+            connection, self.new_conversation(), self.idle_timeout
         )
         self.clients.add(client)
+        return True
 
     def poll(self, client, now):
         """Let a client do what it can; let go of it when it is done."""
         self.polls += 1
         try:
-            if client.run(now):
+            if client.run():
                 return
             reason = "closed"
         except BlockingIOError:
@@ -130,22 +132,22 @@ class Client:
     __slots__ = ("connection", "conversation", "idle_timeout", "deadline",
                  "outgoing", "lingering")
 
-    def __init__(self, connection, conversation, idle_timeout, now):
+    def __init__(self, connection, conversation, idle_timeout):
         self.connection = connection
         self.conversation = conversation
         self.idle_timeout = idle_timeout
-        self.deadline = now + idle_timeout  # unless a byte moves before
+        self.deadline = time.monotonic() + idle_timeout
         self.outgoing = b""  # replies that the kernel has not taken yet
         self.lingering = False
 
-    def run(self, now):
+    def run(self):
         """Take a step: send what is owed or, if nothing is, read and answer.
 
         A client that does not read its replies is not read from either. Its
         requests stay in the kernel and, when that is full, with the client:
         this is backpressure. Returns False at the end of the connection.
         Raises BlockingIOError if nothing can be read, or written, at present,
-        and OSError if the connection is broken.
+        and OSError if nothing can be read any more.
         """
         if not self.outgoing:
             data = self.connection.recv(CHUNK)
@@ -153,18 +155,21 @@ class Client:
                 return False
             if self.lingering:
                 return True
-            self.deadline = now + self.idle_timeout
             self.conversation.receive(data)
             self.outgoing = self.conversation.replies()
+            self.deadline = time.monotonic() + self.idle_timeout
         if self.outgoing:
-            sent = self.connection.send(self.outgoing)
-            self.deadline = now + self.idle_timeout
+            try:
+                sent = self.connection.send(self.outgoing)
+            except ConnectionError:  # it has gone; its requests still count
+                sent = len(self.outgoing)
+            self.deadline = time.monotonic() + self.idle_timeout
             self.outgoing = self.outgoing[sent:] or self.conversation.replies()
         if self.conversation.finished and not self.outgoing:
-            self.linger(now)
+            self.linger()
         return True
 
-    def linger(self, now):
+    def linger(self):
         """Let the last reply arrive before the connection is closed.
 
         To close while the client still sends makes the kernel reset the
@@ -172,7 +177,7 @@ class Client:
         """
         self.connection.shutdown(socket.SHUT_WR)
         self.lingering = True
-        self.deadline = now + LINGER
+        self.deadline = time.monotonic() + LINGER
 
 
 # ---- The application: a key-value store that speaks Redis's protocol --------
@@ -504,15 +509,18 @@ def main():
             lambda: Conversation(store),
             options.idle_timeout,
         )
-    except (OSError, OverflowError, ValueError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:
         sys.exit(f"cannot listen on {options.host}:{options.port}: {error}")
     store.figures = lambda: figures(server)
 
+    stopped = False
+
     def stop(signal_number, frame):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        server.stop()
-        raise KeyboardInterrupt  # out of the call that the thread waits in
+        nonlocal stopped
+        if not stopped:  # a second signal must not disturb the end
+            stopped = True
+            server.stop()
+            raise KeyboardInterrupt  # out of the call that the thread is in
 
     try:
         # SIGINT as well: a script's "&" starts a program with SIGINT ignored.
@@ -523,6 +531,8 @@ def main():
         server.start()
     except KeyboardInterrupt:
         pass
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending already
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         for name, value in figures(server).items():
             print(f"{name}: {value}")

@@ -120,10 +120,12 @@ class EventLoop:
                 for event in events:
                     client = self.clients.get(event.ident)
                     if client:
-                        self.run_client(client, now)
+                        self.run_client(client)
                     elif event.ident == self.listener.fileno():
-                        self.accept(now)
-                if now >= next_look:
+                        self.accept()
+                # If the queue had room for more events, it had no others: who
+                # is over the time by now has been silent.
+                if now >= next_look and len(events) < MAX_EVENTS:
                     next_look = now + TICK
                     self.let_silent_clients_go(now)
                     self.accept_again()
@@ -135,7 +137,7 @@ class EventLoop:
         """Have the queue begin or end to watch a descriptor."""
         self.queue.control([kevent(descriptor, what, flag)], 0)
 
-    def accept(self, now):
+    def accept(self):
         """Take in the client that the queue has announced."""
         try:
             connection, address = self.listener.accept()
@@ -151,12 +153,12 @@ class EventLoop:
         connection.setblocking(False)
         descriptor = connection.fileno()
         client = Client(
-            connection, self.new_conversation(), self.idle_timeout, now
+            connection, self.new_conversation(), self.idle_timeout
         )
         self.clients[descriptor] = client
         self.change(descriptor, client.waits_for, KQ_EV_ADD)
         self.accepted += 1
-        logging.info("%s:%s is descriptor %d", *address[:2], descriptor)
+        logging.info("descriptor %d is a client at %s", descriptor, address)
 
     def accept_again(self):
         """Watch for new clients, if that is not so already."""
@@ -164,10 +166,10 @@ class EventLoop:
             self.change(self.listener.fileno(), KQ_FILTER_READ, KQ_EV_ADD)
             self.accepting = True
 
-    def run_client(self, client, now):
+    def run_client(self, client):
         """Let a client take a step, then watch for what the next one needs."""
         try:
-            if not client.run(now):
+            if not client.run():
                 return self.close(client, "closed")
         except BlockingIOError:
             pass
@@ -209,23 +211,23 @@ class Client:
     __slots__ = ("connection", "conversation", "idle_timeout", "deadline",
                  "outgoing", "lingering", "waits_for")
 
-    def __init__(self, connection, conversation, idle_timeout, now):
+    def __init__(self, connection, conversation, idle_timeout):
         self.connection = connection
         self.conversation = conversation
         self.idle_timeout = idle_timeout
-        self.deadline = now + idle_timeout  # unless a byte moves before
+        self.deadline = time.monotonic() + idle_timeout
         self.outgoing = b""  # replies that the kernel has not taken yet
         self.lingering = False
         self.waits_for = KQ_FILTER_READ
 
-    def run(self, now):
+    def run(self):
         """Take a step: send what is owed or, if nothing is, read and answer.
 
         A client that does not read its replies is not read from either. Its
         requests stay in the kernel and, when that is full, with the client:
         this is backpressure. Returns False at the end of the connection.
         Raises BlockingIOError if nothing can be read, or written, at present,
-        and OSError if the connection is broken.
+        and OSError if nothing can be read any more.
         """
         if not self.outgoing:
             data = self.connection.recv(CHUNK)
@@ -233,18 +235,21 @@ class Client:
                 return False
             if self.lingering:
                 return True
-            self.deadline = now + self.idle_timeout
             self.conversation.receive(data)
             self.outgoing = self.conversation.replies()
+            self.deadline = time.monotonic() + self.idle_timeout
         if self.outgoing:
-            sent = self.connection.send(self.outgoing)
-            self.deadline = now + self.idle_timeout
+            try:
+                sent = self.connection.send(self.outgoing)
+            except ConnectionError:  # it has gone; its requests still count
+                sent = len(self.outgoing)
+            self.deadline = time.monotonic() + self.idle_timeout
             self.outgoing = self.outgoing[sent:] or self.conversation.replies()
         if self.conversation.finished and not self.outgoing:
-            self.linger(now)
+            self.linger()
         return True
 
-    def linger(self, now):
+    def linger(self):
         """Let the last reply arrive before the connection is closed.
 
         To close while the client still sends makes the kernel reset the
@@ -252,7 +257,7 @@ class Client:
         """
         self.connection.shutdown(socket.SHUT_WR)
         self.lingering = True
-        self.deadline = now + LINGER
+        self.deadline = time.monotonic() + LINGER
 
 
 # ---- kqueue on Linux --------------------------------------------------------
@@ -644,15 +649,18 @@ def main():
             lambda: Conversation(store),
             options.idle_timeout,
         )
-    except (OSError, OverflowError, ValueError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:
         sys.exit(f"cannot listen on {options.host}:{options.port}: {error}")
     store.figures = lambda: figures(server)
 
+    stopped = False
+
     def stop(signal_number, frame):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        server.stop()
-        raise KeyboardInterrupt  # out of the call that the thread waits in
+        nonlocal stopped
+        if not stopped:  # a second signal must not disturb the end
+            stopped = True
+            server.stop()
+            raise KeyboardInterrupt  # out of the call that the thread is in
 
     try:
         # SIGINT as well: a script's "&" starts a program with SIGINT ignored.
@@ -663,6 +671,8 @@ def main():
         server.start()
     except KeyboardInterrupt:
         pass
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending already
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         for name, value in figures(server).items():
             print(f"{name}: {value}")

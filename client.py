@@ -276,19 +276,24 @@ def parse_info(reply):
 class Server:
     """Runs a server script on a free port while a `with` block lasts."""
 
-    def __init__(self, script, timeout):
+    def __init__(self, script, timeout, command=()):
         self.script = script
         self.timeout = timeout  # seconds to start in, and to stop in
+        self.command = command or [sys.executable, script, "--port", "0"]
 
     def __enter__(self):
-        command = [sys.executable, self.script, "--port", "0"]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, universal_newlines=True
+            self.command, stdout=subprocess.PIPE, universal_newlines=True
         )
         watchdog = threading.Timer(self.timeout, self.process.kill)
         watchdog.start()
-        line = self.process.stdout.readline()
-        watchdog.cancel()
+        try:
+            line = self.process.stdout.readline()
+        except BaseException:  # we are told to end: so is the server
+            self.process.kill()
+            raise
+        finally:
+            watchdog.cancel()
         if "listening on " not in line:
             self.process.kill()
             self.process.wait()
