@@ -24,7 +24,7 @@ from harness import (
     SCRIPTS,
     TIMEOUT,
     Failed,
-    Running,
+    running,
     ask,
     ask_info,
     connect,
@@ -91,7 +91,7 @@ def contestants():
 
     def on_asyncio(*words):
         command = sys.executable, script, *words, "--port", "0"
-        return lambda: Running(*command)
+        return lambda: running(*command)
 
     found = {name: lambda name=name: start(name) for name in SCRIPTS}
     found[STREAMS] = on_asyncio("streams")

@@ -5,9 +5,7 @@ import os
 import platform
 import signal
 import socket
-import subprocess
 import sys
-import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,8 +14,10 @@ sys.path.insert(0, str(ROOT))
 from client import (  # noqa: E402, F401
     Failed,
     Server,
+    cpu_time,
     encode,
     glyphs,
+    parse_info,
     raise_descriptor_limit,
     write,
 )
@@ -32,34 +32,10 @@ LOOP = "4 kqueue loop"
 TIMEOUT = 20  # seconds for a server to start in, to stop in, to answer in
 
 
-class Running(Server):
-    """Like client.Server, for a whole command with a script in it."""
-
-    def __init__(self, *command):
-        script = next(word for word in command if word.endswith(".py"))
-        super().__init__(script, TIMEOUT)
-        self.command = command
-
-    def __enter__(self):
-        self.process = subprocess.Popen(
-            self.command, stdout=subprocess.PIPE, universal_newlines=True
-        )
-        watchdog = threading.Timer(self.timeout, self.process.kill)
-        watchdog.start()
-        line = ""
-        try:
-            line = self.process.stdout.readline()
-        finally:
-            watchdog.cancel()
-            if "listening on " not in line:  # also when we are interrupted
-                self.process.kill()
-                self.process.communicate()
-        if "listening on " not in line:
-            raise Failed(f"{self.script} did not start")
-        address = line.split("listening on ")[1].strip()
-        self.host, _, port = address.rpartition(":")
-        self.port = int(port)
-        return self
+def running(*command):
+    """Return a server that a whole command starts, for a `with` statement."""
+    script = next(word for word in command if word.endswith(".py"))
+    return Server(script, TIMEOUT, command)
 
 
 def start(name):
@@ -85,15 +61,8 @@ def ask(connection, *words):
 
 
 def ask_info(connection):
-    """Return what a server says of itself, as {name: value}."""
-    lines = ask(connection, "INFO").decode().split("\r\n")[1:]
-    pairs = (line.partition(":") for line in lines)
-    return {name: value for name, _, value in pairs}
-
-
-def cpu_time(info):
-    """Return the seconds of CPU time that a server has used until INFO."""
-    return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
+    """Return what a server says of itself, as {name: text}."""
+    return parse_info(ask(connection, "INFO"))
 
 
 def machine():

@@ -21,7 +21,7 @@ from harness import (
     SCRIPTS,
     TIMEOUT,
     Failed,
-    Running,
+    running,
     ask,
     connect,
     machine,
@@ -107,7 +107,7 @@ def trace(name, log):
     # -D: strace stands beside the server, which so remains our own child.
     strace = ["strace", "-D", "-f", "-ttt", "-T", "-o", log]
     script = os.path.relpath(ROOT / SCRIPTS[name])
-    with Running(*strace, sys.executable, script, "--port", "0") as server:
+    with running(*strace, sys.executable, script, "--port", "0") as server:
         time.sleep(SETTLE)
         begin = time.time()
         converse(server)
