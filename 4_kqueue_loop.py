@@ -237,14 +237,13 @@ class Client:
                 return True
             self.conversation.receive(data)
             self.outgoing = self.conversation.replies()
-            self.deadline = time.monotonic() + self.idle_timeout
         if self.outgoing:
             try:
                 sent = self.connection.send(self.outgoing)
             except ConnectionError:  # it has gone; its requests still count
                 sent = len(self.outgoing)
-            self.deadline = time.monotonic() + self.idle_timeout
             self.outgoing = self.outgoing[sent:] or self.conversation.replies()
+        self.deadline = time.monotonic() + self.idle_timeout
         if self.conversation.finished and not self.outgoing:
             self.linger()
         return True
