@@ -29,6 +29,7 @@ import time
 BACKLOG = 4096  # clients that may wait for accept(), if the kernel agrees
 CHUNK = 64 * 1024  # bytes to read at once, at most
 LINGER = 1.0  # seconds that a client has to take in its last reply
+TICK = 0.5  # seconds that accept sleeps at most
 PAUSE = 0.1  # seconds until the next try when there is no room for a client
 
 
@@ -49,6 +50,9 @@ class TCPServer:
         )
         # Send each reply at once. The connections take this over.
         self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Python does not notice a signal that comes just before accept sleeps,
+        # so it must not sleep for ever.
+        limit_waiting(self.listener, TICK)
         self.new_conversation = new_conversation
         self.idle_timeout = idle_timeout
         self.connections = set()
@@ -63,10 +67,10 @@ class TCPServer:
                 self.handle(connection)
 
     def accept(self):
-        """Wait for a client. Return its connection, or None if that failed."""
+        """Wait for a client. Return its connection, or None if none came."""
         try:
             connection, address = self.listener.accept()
-        except ConnectionError:  # the client has given up in the meantime
+        except (BlockingIOError, ConnectionError):  # nobody, or gone already
             return None
         except OSError as error:
             if self.running:  # then it is EMFILE: no descriptor is free
@@ -114,7 +118,7 @@ class IncomingTCPConnection:
         """Read, answer, write, until the client closes or goes silent."""
         descriptor = self.connection.fileno()
         try:
-            self.limit_waiting(self.idle_timeout)
+            limit_waiting(self.connection, self.idle_timeout)
             while not self.conversation.finished:
                 data = self.connection.recv(CHUNK)
                 if not data:
@@ -137,16 +141,6 @@ class IncomingTCPConnection:
         except ConnectionError:
             pass
 
-    def limit_waiting(self, seconds):
-        """Let recv and send give up, with BlockingIOError, after `seconds`.
-
-        settimeout() would not do: it makes the socket non-blocking, and Python
-        waits in poll() instead. This way the call itself waits, in the kernel.
-        """
-        timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
-        for option in socket.SO_RCVTIMEO, socket.SO_SNDTIMEO:
-            self.connection.setsockopt(socket.SOL_SOCKET, option, timeval)
-
     def linger(self):
         """Let the last reply arrive before the connection is closed.
 
@@ -154,10 +148,21 @@ class IncomingTCPConnection:
         connection, and the client may lose replies that it has not read yet.
         """
         self.connection.shutdown(socket.SHUT_WR)
-        self.limit_waiting(LINGER)
+        limit_waiting(self.connection, LINGER)
         end = time.monotonic() + LINGER
         while time.monotonic() < end and self.connection.recv(CHUNK):
             pass
+
+
+def limit_waiting(sock, seconds):
+    """Let calls on a blocking socket end in BlockingIOError after `seconds`.
+
+    settimeout() would not do: it makes the socket non-blocking, and Python
+    waits in poll() instead. This way the call itself waits, in the kernel.
+    """
+    timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
+    for option in socket.SO_RCVTIMEO, socket.SO_SNDTIMEO:
+        sock.setsockopt(socket.SOL_SOCKET, option, timeval)
 
 
 # ---- The application: a key-value store that speaks Redis's protocol --------
@@ -189,7 +194,7 @@ class Conversation:
     """
 
     # With its names set down, an object takes less memory.
-    __slots__ = ("store", "incoming", "needed", "words", "missing", "room",
+    __slots__ = ("store", "incoming", "needed", "words", "count", "room",
                  "finished")
 
     def __init__(self, store):
@@ -197,8 +202,8 @@ class Conversation:
         self.incoming = bytearray()  # received, and not carried out yet
         self.needed = 1  # bytes there must be before another look is worth it
         self.words = []  # those of a request that is still coming in
-        self.missing = 0  # how many more words it has
-        self.room = 0  # how many bytes these may have
+        self.count = 0  # how many words it will have; 0 if there is none
+        self.room = 0  # how many bytes the words to come may have
         self.finished = False  # True after a protocol error: all is said
 
     def receive(self, data):
@@ -239,7 +244,7 @@ class Conversation:
         Returns its words and the position behind it. An empty request has no
         words and gets no reply. None instead of words: it is not complete.
         """
-        if not self.missing:
+        if not self.count:
             if data[position] != ASTERISK:
                 return self.inline_request(data, position)
             end = data.find(b"\r", position, -1)  # -1: one byte more, the "\n"
@@ -250,9 +255,11 @@ class Conversation:
             if count is None or count > MAX_WORDS:
                 raise ProtocolError(b"invalid multibulk length")
             position = end + 2
-            self.words, self.missing = [], max(count, 0)
-            self.room = MAX_REQUEST
-        while self.missing:
+            if count <= 0:
+                return [], position
+            self.words, self.count, self.room = [], count, MAX_REQUEST
+        words = self.words
+        while len(words) < self.count:
             end = data.find(b"\r", position, -1)
             if end < 0:
                 return self.incomplete(data, position, b"bulk count string")
@@ -267,11 +274,11 @@ class Conversation:
             if end + 2 > len(data):
                 self.needed = end + 2 - position
                 return None, position
-            self.words.append(data[start:end])
-            self.missing -= 1
+            words.append(data[start:end])
             self.room -= length
             position = end + 2
-        return self.words, position
+        self.count = 0
+        return words, position
 
     def inline_request(self, data, position):
         """Like next_request(), for a line such as a person types: `GET a`."""

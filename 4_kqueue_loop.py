@@ -59,7 +59,8 @@ class TCPServer:
     def start(self):
         """Serve, until stop() is called. SystemExit if the loop fails."""
         self.thread.start()
-        self.thread.join()
+        while self.thread.is_alive():
+            self.thread.join(TICK)  # then Python looks for signals again
         if self.loop.running:  # threading has printed the traceback
             sys.exit(1)
 
@@ -141,6 +142,8 @@ class EventLoop:
         """Take in the client that the queue has announced."""
         try:
             connection, address = self.listener.accept()
+            descriptor = connection.fileno()
+            self.change(descriptor, KQ_FILTER_READ, KQ_EV_ADD)
         except (BlockingIOError, ConnectionError):  # it has left already
             return
         except OSError as error:  # most likely EMFILE: no descriptor is free
@@ -151,12 +154,10 @@ class EventLoop:
             return
         # macOS and the BSDs take this over from the listener, Linux does not.
         connection.setblocking(False)
-        descriptor = connection.fileno()
         client = Client(
             connection, self.new_conversation(), self.idle_timeout
         )
         self.clients[descriptor] = client
-        self.change(descriptor, client.waits_for, KQ_EV_ADD)
         self.accepted += 1
         logging.info("descriptor %d is a client at %s", descriptor, address)
 
@@ -348,7 +349,7 @@ class Conversation:
     """
 
     # With its names set down, an object takes less memory.
-    __slots__ = ("store", "incoming", "needed", "words", "missing", "room",
+    __slots__ = ("store", "incoming", "needed", "words", "count", "room",
                  "finished")
 
     def __init__(self, store):
@@ -356,8 +357,8 @@ class Conversation:
         self.incoming = bytearray()  # received, and not carried out yet
         self.needed = 1  # bytes there must be before another look is worth it
         self.words = []  # those of a request that is still coming in
-        self.missing = 0  # how many more words it has
-        self.room = 0  # how many bytes these may have
+        self.count = 0  # how many words it will have; 0 if there is none
+        self.room = 0  # how many bytes the words to come may have
         self.finished = False  # True after a protocol error: all is said
 
     def receive(self, data):
@@ -398,7 +399,7 @@ class Conversation:
         Returns its words and the position behind it. An empty request has no
         words and gets no reply. None instead of words: it is not complete.
         """
-        if not self.missing:
+        if not self.count:
             if data[position] != ASTERISK:
                 return self.inline_request(data, position)
             end = data.find(b"\r", position, -1)  # -1: one byte more, the "\n"
@@ -409,9 +410,11 @@ class Conversation:
             if count is None or count > MAX_WORDS:
                 raise ProtocolError(b"invalid multibulk length")
             position = end + 2
-            self.words, self.missing = [], max(count, 0)
-            self.room = MAX_REQUEST
-        while self.missing:
+            if count <= 0:
+                return [], position
+            self.words, self.count, self.room = [], count, MAX_REQUEST
+        words = self.words
+        while len(words) < self.count:
             end = data.find(b"\r", position, -1)
             if end < 0:
                 return self.incomplete(data, position, b"bulk count string")
@@ -426,11 +429,11 @@ class Conversation:
             if end + 2 > len(data):
                 self.needed = end + 2 - position
                 return None, position
-            self.words.append(data[start:end])
-            self.missing -= 1
+            words.append(data[start:end])
             self.room -= length
             position = end + 2
-        return self.words, position
+        self.count = 0
+        return words, position
 
     def inline_request(self, data, position):
         """Like next_request(), for a line such as a person types: `GET a`."""

@@ -35,6 +35,9 @@ from conftest import (
 )
 
 MIB = 1024 * 1024
+# What a process may grow by, where it could be 5 GB. PyPy collects its garbage
+# when it sees fit.
+SOME = (10 if platform.python_implementation() == "CPython" else 60) * MIB
 
 
 @contextlib.contextmanager
@@ -187,7 +190,9 @@ def test_client_that_never_reads(name, start):
     server.ask(array(b"SET", b"a", value))
     before = server.memory() if PROC else 0
     greedy = server.connect(receive_buffer=64 * 1024)
-    request = array(b"GET", b"a") * 10_000 + b"PING\r\n"
+    # 1 has no others to show it to; what is not read costs it time in the end.
+    count = 10_000 if name in MANY else 1000
+    request = array(b"GET", b"a") * count + b"PING\r\n"
     greedy.setblocking(False)
     with contextlib.suppress(BlockingIOError):
         while request:
@@ -202,15 +207,15 @@ def test_client_that_never_reads(name, start):
     else:
         time.sleep(0.3)
     if PROC:
-        assert server.memory() - before < 10 * MIB
+        assert server.memory() - before < SOME
     for _ in range(20):
         assert read_exactly(greedy, len(bulk(value))) == bulk(value)
     if PROC:
-        assert server.memory() - before < 10 * MIB
+        assert server.memory() - before < SOME
     greedy.close()
     server.ping()
     if PROC:
-        assert server.memory("VmHWM") - before < 12 * MIB
+        assert server.memory("VmHWM") - before < SOME + 2 * MIB
     server.stop().check()
 
 
@@ -626,7 +631,6 @@ def test_signals_at_the_same_time(server):
     assert ended.stderr == ""
 
 
-# In the C code of Python, one after the other: a signal comes, the call waits.
 def test_tally_is_that_of_info(server):
     """What is printed at the end are the fields of INFO, in their order."""
     info = server.info()
