@@ -409,7 +409,7 @@ def test_more_clients_than_descriptors(name, start):
         for _ in range(10):
             ping(sock)
     one_line(server)
-    assert int(server.info(served[0])["connected_clients"]) == len(served)
+    assert int(server.info(served[0])["connected_clients"]) >= len(served)
     for sock in served:
         socks.remove(sock)
         sock.close()
