@@ -214,7 +214,7 @@ class Conversation:
     def __init__(self, store):
         self.store = store
         self.incoming = bytearray()  # received, and not carried out yet
-        self.needed = 1  # bytes there must be before another look is worth it
+        self.needed = 1  # with fewer bytes than that, nothing can be complete
         self.words = []  # those of a request that is still coming in
         self.count = 0  # how many words it will have; 0 if there is none
         self.room = 0  # how many bytes the words to come may have

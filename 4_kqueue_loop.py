@@ -82,7 +82,10 @@ class TCPServer:
 
 
 class EventLoop:
-    """Waits for all descriptors in one queue, and runs who is ready."""
+    """Waits for all descriptors in one queue, and runs who is ready.
+
+    kqueue, kevent and the KQ_ names come from the section behind the loop.
+    """
 
     def __init__(self, listener, new_conversation, idle_timeout):
         self.listener = listener
@@ -124,6 +127,7 @@ class EventLoop:
                         self.run_client(client)
                     elif event.ident == self.listener.fileno():
                         self.accept()
+                    # else it is stop() that wakes us, and `running` is False
                 # If the queue had room for more events, it had no others: who
                 # is over the time by now has been silent.
                 if now >= next_look and len(events) < MAX_EVENTS:
@@ -355,7 +359,7 @@ class Conversation:
     def __init__(self, store):
         self.store = store
         self.incoming = bytearray()  # received, and not carried out yet
-        self.needed = 1  # bytes there must be before another look is worth it
+        self.needed = 1  # with fewer bytes than that, nothing can be complete
         self.words = []  # those of a request that is still coming in
         self.count = 0  # how many words it will have; 0 if there is none
         self.room = 0  # how many bytes the words to come may have

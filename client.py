@@ -591,7 +591,7 @@ class Line:
         """Return the reply, as bytes, or None if it takes too long."""
         try:
             line = self.replies.readline()
-            if line[:1] == b"$":
+            if line[:1] == b"$" and line != b"$-1\r\n":
                 line += self.replies.read(int(line[1:]) + 2)
         except OSError:  # most likely socket.timeout
             return None
@@ -692,7 +692,7 @@ def compare(scripts, options):
                 rows.update(ask(server))
             with Line(server) as line:
                 rows.update(tally(line.info()))
-        columns[title(script)] = rows
+        columns[title(script, columns)] = rows
     print(heading(columns))
     for question, names, reason in QUESTIONS:
         print("", question, sep="\n")
@@ -743,10 +743,12 @@ def visit(script, options):
     return conversation
 
 
-def title(script):
+def title(script, taken):
     """Return a short name for a script: "3 busy" for 3_busy_wait.py."""
     stem = os.path.splitext(os.path.basename(script))[0]
-    return " ".join(stem.split("_")[:2])
+    short = " ".join(stem.split("_")[:2])
+    same = sum(name.split(" (")[0] == short for name in taken)
+    return f"{short} ({same + 1})" if same else short
 
 
 def transcript(conversation):
@@ -832,7 +834,7 @@ def main():
         if conversation.mistakes:
             count, first = len(conversation.mistakes), conversation.mistakes[0]
             raise Failed(f"{count} wrong; the first: {first}")
-        columns[title(script or "server")] = results(conversation)
+        columns[title(script or "server", columns)] = results(conversation)
     if options.svg:
         write(options.svg, [picture(conversations)])
     if len(scripts) > 1:
