@@ -128,8 +128,8 @@ class EventLoop:
                     elif event.ident == self.listener.fileno():
                         self.accept()
                     # else it is stop() that wakes us, and `running` is False
-                # If the queue had room for more events, it had no others: who
-                # is over the time by now has been silent.
+                # Unless there were too many events to take at once, who had
+                # sent anything has been run: the rest has been silent.
                 if now >= next_look and len(events) < MAX_EVENTS:
                     next_look = now + TICK
                     self.let_silent_clients_go(now)

@@ -259,6 +259,7 @@ def test_right_replies(fake):
         (b"GET", b"$5\r\nwrong\r\n", "GET"),
         (b"GET", b"$-1\r\n", "GET"),
         (b"INCR", b"+OK\r\n", "INCR"),
+        (b"INCR", b":x\r\n", "INCR"),
         (b"INCR", b":1\r\n", "counter"),
         (b"INCRBY", b":15\r\n", "counter"),
         (b"GET", b"nonsense\r\n", "GET"),

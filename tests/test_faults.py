@@ -387,6 +387,19 @@ def few_descriptors():
     resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
 
 
+def serve_the_rest(socks):
+    """Wait until those that have sent a PING are served, and close them."""
+    while socks:
+        ready = wait_for(
+            lambda: select.select(socks, [], [], 0)[0],
+            f"{len(socks)} that have waited are served",
+        )
+        for sock in ready:
+            assert read_exactly(sock, 7) == b"+PONG\r\n"
+            socks.remove(sock)
+            sock.close()
+
+
 @many
 def test_more_clients_than_descriptors(name, start):
     """60 clients, 30 descriptors: one line; in the end all are served."""
@@ -413,15 +426,7 @@ def test_more_clients_than_descriptors(name, start):
     for sock in served:
         socks.remove(sock)
         sock.close()
-    while socks:  # by itself, others come in, though nobody else connects
-        ready = wait_for(
-            lambda: select.select(socks, [], [], 0)[0],
-            f"{len(socks)} that have waited are served",
-        )
-        for sock in ready:
-            assert read_exactly(sock, 7) == b"+PONG\r\n"
-            socks.remove(sock)
-            sock.close()
+    serve_the_rest(socks)  # by itself, though nobody else connects
     server.ping()
     one_line(server)
     assert "Too many open files" in server.stderr()
@@ -502,15 +507,7 @@ def test_no_thread_left(name, start):
     for sock in served:
         socks.remove(sock)
         sock.close()
-    while socks:
-        ready = wait_for(
-            lambda: select.select(socks, [], [], 0)[0],
-            f"{len(socks)} that have waited are served",
-        )
-        for sock in ready:
-            assert read_exactly(sock, 7) == b"+PONG\r\n"
-            socks.remove(sock)
-            sock.close()
+    serve_the_rest(socks)
     server.wait_until_left()
     one_line(server)
     server.stop().check()
