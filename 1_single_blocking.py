@@ -16,6 +16,7 @@ Watch:     a second nc gets no answer until the first one has ended.
 """
 
 import argparse
+import io
 import logging
 import os
 import resource
@@ -177,13 +178,19 @@ MAX_REQUEST = 1024 * 1024  # bytes; one client must not fill the memory
 MAX_WORDS = 1024  # per request; an empty word takes memory too
 MAX_LINE = 64 * 1024  # bytes; nor must a line that never ends
 REPLIES_AT_ONCE = 64 * 1024  # bytes; more requests wait until these are sent
-ASTERISK, DOLLAR = b"*$"  # begin a request, and each of its words
-SMALL_NUMBERS = {b"%d" % n: n for n in range(1024)}  # to look up is faster
 MAX_SLEEP = 10  # seconds; in three of the patterns everybody waits
+
+# Most lines that begin a request or a word: to look them up is the fastest.
+COUNTS = {b"*%d\r\n" % n: n for n in range(1, MAX_WORDS + 1)}
+LENGTHS = {b"$%d\r\n" % n: n for n in range(1024)}
 
 
 class ProtocolError(Exception):
     """The client broke the rules. Where does its next request begin?"""
+
+
+class Incomplete(Exception):
+    """A request has no end yet. How many bytes, at least, are missing?"""
 
 
 class Conversation:
@@ -194,16 +201,12 @@ class Conversation:
     """
 
     # With its names set down, an object takes less memory.
-    __slots__ = ("store", "incoming", "needed", "words", "count", "room",
-                 "finished")
+    __slots__ = "store", "incoming", "needed", "finished"
 
     def __init__(self, store):
         self.store = store
         self.incoming = bytearray()  # received, and not carried out yet
         self.needed = 1  # with fewer bytes than that, nothing can be complete
-        self.words = []  # those of a request that is still coming in
-        self.count = 0  # how many words it will have; 0 if there is none
-        self.room = 0  # how many bytes the words to come may have
         self.finished = False  # True after a protocol error: all is said
 
     def receive(self, data):
@@ -218,84 +221,88 @@ class Conversation:
         asks and never reads cannot fill the memory: send these, then call
         again. b"" means that there is nothing to do until more is received.
         """
-        if len(self.incoming) < self.needed:
+        received = len(self.incoming)
+        if received < self.needed:
             return b""
-        data, position, self.needed = bytes(self.incoming), 0, 1
+        self.needed, done = 1, 0
+        stream = io.BytesIO(self.incoming)  # to read it like a file
         replies, size = [], 0
         try:
-            while position < len(data) and size < REPLIES_AT_ONCE:
-                words, position = self.next_request(data, position)
-                if words is None:
-                    break
+            while done < received and size < REPLIES_AT_ONCE:
+                words = next_request(stream)
+                done = stream.tell()
                 if words:
                     reply = self.store.carry_out(words)
                     replies.append(reply)
                     size += len(reply)
+        except Incomplete as error:
+            self.needed = received - done + error.args[0]
         except ProtocolError as error:
             replies.append(error_reply(b"Protocol error: " + error.args[0]))
             self.finished = True
-            position = len(data)
-        del self.incoming[:position]
+            done = received
+        del self.incoming[:done]
         return b"".join(replies)
 
-    def next_request(self, data, position):
-        """Read a request that begins, or goes on, at `position` in `data`.
 
-        Returns its words and the position behind it. An empty request has no
-        words and gets no reply. None instead of words: it is not complete.
-        """
-        if not self.count:
-            if data[position] != ASTERISK:
-                return self.inline_request(data, position)
-            end = data.find(b"\r", position, -1)  # -1: one byte more, the "\n"
-            if end < 0:
-                return self.incomplete(data, position, b"mbulk count string")
-            digits = data[position + 1 : end]
-            count = SMALL_NUMBERS.get(digits) or to_integer(digits)
-            if count is None or count > MAX_WORDS:
-                raise ProtocolError(b"invalid multibulk length")
-            position = end + 2
-            if count <= 0:
-                return [], position
-            self.words, self.count, self.room = [], count, MAX_REQUEST
-        words = self.words
-        while len(words) < self.count:
-            end = data.find(b"\r", position, -1)
-            if end < 0:
-                return self.incomplete(data, position, b"bulk count string")
-            if data[position] != DOLLAR:
-                got = data[position]
-                raise ProtocolError(b"expected '$', got '%c'" % got)
-            digits = data[position + 1 : end]
-            length = SMALL_NUMBERS.get(digits) or to_integer(digits)
-            if length is None or not 0 <= length <= self.room:
+def next_request(stream):
+    """Read a request; return its words. It may be empty, and has none then.
+
+    Raises Incomplete or ProtocolError. An incomplete request is read again
+    from its beginning when more has come, which its limits keep affordable.
+    """
+    line = stream.readline()
+    count = COUNTS.get(line)
+    if count is None:
+        if not line.startswith(b"*"):
+            return inline_request(line)
+        count = read_number(stream, line, b"mbulk count string")
+        if count is None or count > MAX_WORDS:
+            raise ProtocolError(b"invalid multibulk length")
+    words, room = [], MAX_REQUEST
+    while len(words) < count:
+        line = stream.readline()
+        length = LENGTHS.get(line)
+        if length is None or length > room:
+            length = read_number(stream, line, b"bulk count string")
+            if not line.startswith(b"$"):
+                raise ProtocolError(b"expected '$', got '%c'" % line[0])
+            if length is None or not 0 <= length <= room:
                 raise ProtocolError(b"invalid bulk length")
-            start, end = end + 2, end + 2 + length
-            if end + 2 > len(data):
-                self.needed = end + 2 - position
-                return None, position
-            words.append(data[start:end])
-            self.room -= length
-            position = end + 2
-        self.count = 0
-        return words, position
+        room -= length
+        word, end = stream.read(length), stream.read(2)
+        if len(end) < 2:
+            raise Incomplete(length + 2 - len(word) - len(end))
+        words.append(word)
+    return words
 
-    def inline_request(self, data, position):
-        """Like next_request(), for a line such as a person types: `GET a`."""
-        end = data.find(b"\n", position)
-        if end < 0 or end - position > MAX_LINE:
-            return self.incomplete(data, position, b"inline request")
-        words = data[position:end].split(None, MAX_WORDS)
-        if len(words) > MAX_WORDS:
-            raise ProtocolError(b"too many words in inline request")
-        return words, end + 1
 
-    def incomplete(self, data, position, name):
-        """Return "not complete" for a line, unless it is too long already."""
-        if len(data) - position > MAX_LINE:
-            raise ProtocolError(b"too big " + name)
-        self.needed = len(data) - position + 1
-        return None, position
+def read_number(stream, line, name):
+    """Return the number in a `line` such as b"*2\\r\\n", None if it is none."""
+    # As in Redis, the line ends at the first "\r" and one byte more.
+    data, start = stream.getvalue(), stream.tell() - len(line)
+    end = data.find(b"\r", start, -1)
+    if end < 0:
+        raise without_end(len(data) - start, name)
+    stream.seek(end + 2)
+    return to_integer(data[start + 1 : end])
+
+
+def inline_request(line):
+    """Return the words of a line such as a person types: `GET a`."""
+    if not line.endswith(b"\n") or len(line) > MAX_LINE + 1:
+        raise without_end(len(line), b"inline request")
+    words = line.split(None, MAX_WORDS)
+    if len(words) > MAX_WORDS:
+        raise ProtocolError(b"too many words in inline request")
+    return words
+
+
+def without_end(length, name):
+    """Return what to raise for a line that has `length` bytes and no end."""
+    if length > MAX_LINE:
+        return ProtocolError(b"too big " + name)
+    return Incomplete(1)
 
 
 class KeyValueStore:
@@ -309,15 +316,15 @@ class KeyValueStore:
         # INCR reads, adds, writes. No other thread may write in between.
         self.lock = threading.Lock()
         self.figures = dict  # what INFO tells: a function that returns a dict
-        self.commands = {  # name: function, fewest words behind the name, most
-            b"PING": (self.ping, 0, 1),
-            b"ECHO": (self.echo, 1, 1),
-            b"GET": (self.get, 1, 1),
-            b"SET": (self.set, 2, MAX_WORDS),
-            b"INCR": (self.increment, 1, 1),
-            b"INCRBY": (self.increment, 2, 2),
-            b"INFO": (self.info, 0, MAX_WORDS),
-            b"DEBUG": (self.debug, 1, MAX_WORDS),
+        self.commands = {  # name: function, fewest words (with the name), most
+            b"PING": (self.ping, 1, 2),
+            b"ECHO": (self.echo, 2, 2),
+            b"GET": (self.get, 2, 2),
+            b"SET": (self.set, 3, MAX_WORDS),
+            b"INCR": (self.increment, 2, 2),
+            b"INCRBY": (self.increment, 3, 3),
+            b"INFO": (self.info, 1, MAX_WORDS),
+            b"DEBUG": (self.debug, 2, MAX_WORDS),
         }
 
     def carry_out(self, words):
@@ -326,7 +333,7 @@ class KeyValueStore:
         command, fewest, most = self.commands.get(name.upper(), (None, 0, 0))
         if command is None:
             return error_reply(b"unknown command '%b'" % name[:128])
-        if not fewest <= len(words) - 1 <= most:
+        if not fewest <= len(words) <= most:
             return error_reply(
                 b"wrong number of arguments for '%b' command" % name.lower()
             )

@@ -159,9 +159,13 @@ def main():
     run = asyncio.run
     if options.loop == "uvloop":
         try:
-            from uvloop import run
+            import uvloop
         except ImportError:
             sys.exit("uvloop is not installed (python3 -m pip install uvloop)")
+        if hasattr(uvloop, "run"):
+            run = uvloop.run
+        else:  # before 0.18
+            uvloop.install()
     application.raise_descriptor_limit()
     try:
         run(serve(options))
