@@ -278,7 +278,7 @@ def next_request(stream):
 
 
 def read_number(stream, line, name):
-    """Return the number in a `line` such as b"*2\\r\\n", None if it is none."""
+    """Return the number in a `line` such as `*2`, or None if it has none."""
     # As in Redis, the line ends at the first "\r" and one byte more.
     data, start = stream.getvalue(), stream.tell() - len(line)
     end = data.find(b"\r", start, -1)

@@ -96,7 +96,10 @@ class TCPServer:
         """Let a client do what it can; let go of it when it is done."""
         self.polls += 1
         try:
-            if client.run():
+            going_on = client.run()
+            if client.outgoing:  # a reply need not wait for the next round
+                client.run()
+            if going_on:
                 return
             reason = "closed"
         except BlockingIOError:
@@ -142,7 +145,7 @@ class Client:
         self.lingering = False
 
     def run(self):
-        """Take a step: send what is owed or, if nothing is, read and answer.
+        """Take a step: send replies that are owed or, if none is, read more.
 
         A client that does not read its replies is not read from either. Its
         requests stay in the kernel and, when that is full, with the client:
@@ -150,7 +153,13 @@ class Client:
         Raises BlockingIOError if nothing can be read, or written, at present,
         and OSError if nothing can be read any more.
         """
-        if not self.outgoing:
+        if self.outgoing:
+            try:
+                sent = self.connection.send(self.outgoing)
+            except ConnectionError:  # it has gone; its requests still count
+                sent = len(self.outgoing)
+            self.outgoing = self.outgoing[sent:] or self.conversation.replies()
+        else:
             data = self.connection.recv(CHUNK)
             if not data:
                 return False
@@ -158,12 +167,6 @@ class Client:
                 return True
             self.conversation.receive(data)
             self.outgoing = self.conversation.replies()
-        if self.outgoing:
-            try:
-                sent = self.connection.send(self.outgoing)
-            except ConnectionError:  # it has gone; its requests still count
-                sent = len(self.outgoing)
-            self.outgoing = self.outgoing[sent:] or self.conversation.replies()
         self.deadline = time.monotonic() + self.idle_timeout
         if self.conversation.finished and not self.outgoing:
             self.linger()
@@ -292,7 +295,7 @@ def next_request(stream):
 
 
 def read_number(stream, line, name):
-    """Return the number in a `line` such as b"*2\\r\\n", None if it is none."""
+    """Return the number in a `line` such as `*2`, or None if it has none."""
     # As in Redis, the line ends at the first "\r" and one byte more.
     data, start = stream.getvalue(), stream.tell() - len(line)
     end = data.find(b"\r", start, -1)

@@ -93,6 +93,7 @@ class EventLoop:
         self.new_conversation = new_conversation
         self.idle_timeout = idle_timeout
         self.clients = {}  # descriptor: Client
+        self.ready = set()  # those of them whom the queue has just reported
         self.accepted = 0
         self.wakeups = 0
         self.events = 0  # how many the queue had for us in all these
@@ -125,10 +126,12 @@ class EventLoop:
                 for event in events:
                     client = self.clients.get(event.ident)
                     if client:
-                        self.run_client(client)
+                        self.ready.add(client)
+                        self.step(client)
                     elif event.ident == self.listener.fileno():
                         self.accept()
                     # else it is stop() that wakes us, and `running` is False
+                self.answer()
                 # Unless there were too many events to take at once, who had
                 # sent anything has been run: the rest has been silent.
                 if now >= next_look and len(events) < MAX_EVENTS:
@@ -172,23 +175,37 @@ class EventLoop:
             self.change(self.listener.fileno(), KQ_FILTER_READ, KQ_EV_ADD)
             self.accepting = True
 
-    def run_client(self, client):
-        """Let a client take a step, then watch for what the next one needs."""
+    def step(self, client):
+        """Let a client take a step. Return whether it is still there."""
         try:
-            if not client.run():
-                return self.close(client, "closed")
+            if client.run():
+                return True
+            reason = "closed"
         except BlockingIOError:
-            pass
+            return True
         except OSError as error:
-            return self.close(client, f"lost: {error}")
-        # Either it reads or it writes. To watch for writes all the time would
-        # wake the loop all the time: a socket can nearly always be written.
-        needs = KQ_FILTER_WRITE if client.outgoing else KQ_FILTER_READ
-        if needs != client.waits_for:
-            descriptor = client.connection.fileno()
-            self.change(descriptor, client.waits_for, KQ_EV_DELETE)
-            self.change(descriptor, needs, KQ_EV_ADD)
-            client.waits_for = needs
+            reason = f"lost: {error}"
+        self.close(client, reason)
+        return False
+
+    def answer(self):
+        """Send the replies, now that all who are ready have been read from.
+
+        Redis does so, too. A reply wakes up the process that waits for it; one
+        that waits for several, on one machine, is woken up once for them all.
+        """
+        while self.ready:
+            client = self.ready.pop()
+            if client.outgoing and not self.step(client):
+                continue
+            # Either it reads or it writes. To watch for writes all the time
+            # would wake the loop all the time: there is nearly always room.
+            needs = KQ_FILTER_WRITE if client.outgoing else KQ_FILTER_READ
+            if needs != client.waits_for:
+                descriptor = client.connection.fileno()
+                self.change(descriptor, client.waits_for, KQ_EV_DELETE)
+                self.change(descriptor, needs, KQ_EV_ADD)
+                client.waits_for = needs
 
     def let_silent_clients_go(self, now):
         """End the connections on which no byte has moved for too long."""
@@ -202,6 +219,7 @@ class EventLoop:
         logging.info("descriptor %d %s", descriptor, reason)
         self.change(descriptor, client.waits_for, KQ_EV_DELETE)
         del self.clients[descriptor]
+        self.ready.discard(client)
         client.connection.close()
         self.accept_again()  # there is room for one now
 
@@ -227,7 +245,7 @@ class Client:
         self.waits_for = KQ_FILTER_READ
 
     def run(self):
-        """Take a step: send what is owed or, if nothing is, read and answer.
+        """Take a step: send replies that are owed or, if none is, read more.
 
         A client that does not read its replies is not read from either. Its
         requests stay in the kernel and, when that is full, with the client:
@@ -235,7 +253,13 @@ class Client:
         Raises BlockingIOError if nothing can be read, or written, at present,
         and OSError if nothing can be read any more.
         """
-        if not self.outgoing:
+        if self.outgoing:
+            try:
+                sent = self.connection.send(self.outgoing)
+            except ConnectionError:  # it has gone; its requests still count
+                sent = len(self.outgoing)
+            self.outgoing = self.outgoing[sent:] or self.conversation.replies()
+        else:
             data = self.connection.recv(CHUNK)
             if not data:
                 return False
@@ -243,12 +267,6 @@ class Client:
                 return True
             self.conversation.receive(data)
             self.outgoing = self.conversation.replies()
-        if self.outgoing:
-            try:
-                sent = self.connection.send(self.outgoing)
-            except ConnectionError:  # it has gone; its requests still count
-                sent = len(self.outgoing)
-            self.outgoing = self.outgoing[sent:] or self.conversation.replies()
         self.deadline = time.monotonic() + self.idle_timeout
         if self.conversation.finished and not self.outgoing:
             self.linger()
@@ -437,7 +455,7 @@ def next_request(stream):
 
 
 def read_number(stream, line, name):
-    """Return the number in a `line` such as b"*2\\r\\n", None if it is none."""
+    """Return the number in a `line` such as `*2`, or None if it has none."""
     # As in Redis, the line ends at the first "\r" and one byte more.
     data, start = stream.getvalue(), stream.tell() - len(line)
     end = data.find(b"\r", start, -1)

@@ -342,6 +342,27 @@ def test_where_it_waits(server, tmp_path):
         assert len(in_vain) < 10
 
 
+@needs_proc
+@pytest.mark.parametrize("name", ["kqueue"], indirect=True)
+def test_loop_reads_from_all_before_it_answers(server, tmp_path):
+    """Of clients that are ready at once, all are read from, then answered."""
+    sleeper, *others = clients(server, 6)
+    trace = Trace(server, tmp_path)
+    try:
+        for _ in range(5):  # one of these will do, on a slow machine
+            sleeper.sendall(b"DEBUG SLEEP 0.1\r\n")
+            for sock in others:
+                sock.sendall(b"PING\r\n")
+            assert read_exactly(sleeper, 5) == b"+OK\r\n"
+            for sock in others:
+                assert read_exactly(sock, 7) == b"+PONG\r\n"
+    finally:
+        calls = trace.stop()
+    order = [call for _, call, _ in calls if call in ("recvfrom", "sendto")]
+    both = ["recvfrom"] * 5 + ["sendto"] * 5
+    assert any(order[at : at + 10] == both for at in range(len(order))), order
+
+
 @many
 def test_closing_one_ends_no_other(server):
     """When a client leaves, the others' connections stay as they are."""
