@@ -29,11 +29,9 @@ import sys
 import threading
 import time
 
-BACKLOG = 4096  # clients that may wait for accept(), if the kernel agrees
 CHUNK = 64 * 1024  # bytes to read at once, at most
 LINGER = 1.0  # seconds that a client has to take in its last reply
-PAUSE = 1.0  # seconds until the next try when there is no room for a client
-SHORTAGE = errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM
+SHORTAGE = errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM  # no room
 
 
 class TCPServer:
@@ -45,7 +43,7 @@ class TCPServer:
         """Listen on `address`, a host and a port. OSError if that fails."""
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.listener = socket.create_server(address, family=family)
-        self.listener.listen(BACKLOG)
+        self.listener.listen(4096)  # so many may wait, if the kernel agrees
         # Send each reply at once. The connections take this over.
         self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.new_conversation = new_conversation  # makes the application's end
@@ -61,11 +59,9 @@ class TCPServer:
                 if error.errno in SHORTAGE:  # others are that client's own
                     with contextlib.suppress(OSError):  # nobody reads it
                         print(f"cannot accept: {error}", file=sys.stderr)
-                    time.sleep(PAUSE)
+                    time.sleep(1)  # by then there may be room for it
                 continue
-            handler = IncomingTCPConnection(
-                connection, self.new_conversation(), self.idle_timeout
-            )
+            handler = IncomingTCPConnection(connection, self)
             self.connected = 1
             handler.handle()
             self.connected = 0
@@ -80,16 +76,17 @@ class TCPServer:
 class IncomingTCPConnection:
     """One client's connection, from its first byte to its last."""
 
-    def __init__(self, connection, conversation, idle_timeout):
+    def __init__(self, connection, server):
         self.connection = connection
-        self.conversation = conversation
-        self.idle_timeout = idle_timeout
+        self.conversation = server.new_conversation()
+        self.idle_timeout = server.idle_timeout
 
     def handle(self):
         """Read and answer until the client closes, or goes silent."""
         # It ends as well when it is reset, or asks for too much memory.
         with self.connection, contextlib.suppress(OSError, MemoryError):
-            self.limit_waiting(self.idle_timeout)
+            self.limit_waiting(socket.SO_RCVTIMEO, self.idle_timeout)
+            self.limit_waiting(socket.SO_SNDTIMEO, self.idle_timeout / 8)
             while data := self.connection.recv(CHUNK):
                 self.conversation.receive(data)
                 while replies := self.conversation.replies():
@@ -99,30 +96,32 @@ class IncomingTCPConnection:
 
     def send(self, replies):
         """Send replies. BlockingIOError if the client takes none in time."""
-        try:
-            while replies:
-                with contextlib.suppress(BlockingIOError):
-                    replies = replies[self.connection.send(replies) :]
-                if replies:  # the time is up; has room come up unnoticed?
-                    sent = self.connection.send(replies, socket.MSG_DONTWAIT)
-                    replies = replies[sent:]
-        except ConnectionError:  # it has gone; what it asked is still done
-            self.conversation.gone = True
+        end = time.monotonic() + self.idle_timeout
+        while replies:
+            try:
+                replies = replies[self.connection.send(replies) :]
+                end = time.monotonic() + self.idle_timeout
+            except BlockingIOError:  # Linux sees room late: try several times
+                if time.monotonic() >= end:
+                    raise
+            except ConnectionError:  # it has gone; what it asked is still done
+                self.conversation.gone = True
+                return
 
     def linger(self):
         """Read to the end. To close before could cost it its last reply."""
         self.connection.shutdown(socket.SHUT_WR)
-        self.limit_waiting(LINGER)
+        self.limit_waiting(socket.SO_RCVTIMEO, LINGER)
         end = time.monotonic() + LINGER
         while time.monotonic() < end and self.connection.recv(CHUNK):
             pass
 
-    def limit_waiting(self, seconds):
-        """Let recv and send give up by then, in EAGAIN (BlockingIOError)."""
-        # settimeout() would make it non-blocking. "ll": a 64-bit timeval.
+    def limit_waiting(self, option, seconds):
+        """Let recv or send give up by then, with EAGAIN: BlockingIOError."""
+        # settimeout() would make the socket non-blocking, and wait in poll().
+        # "ll" is a struct timeval where a long has 64 bits.
         timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
-        for option in socket.SO_RCVTIMEO, socket.SO_SNDTIMEO:
-            self.connection.setsockopt(socket.SOL_SOCKET, option, timeval)
+        self.connection.setsockopt(socket.SOL_SOCKET, option, timeval)
 
 
 # ---- The application: a key-value store that speaks Redis -------------------
@@ -152,7 +151,7 @@ class Conversation:
     def __init__(self):
         self.incoming = bytearray()  # received, and not carried out yet
         self.needed = 1  # with fewer bytes than that, nothing can be complete
-        self.room = 1  # bytes, for this lot of replies; 0: it has to be sent
+        self.room = 1  # bytes for more replies; 0 or less: send these first
         self.nothing = b"$-1\r\n"  # the reply to GET if there is no value
         self.finished = False  # True: all is said, the connection is to end
         self.gone = False  # the pattern sets it: nobody takes replies any more
@@ -219,7 +218,7 @@ class Conversation:
             return b"+OK\r\n"
         if name not in CHANGES | {b"get", b"ping", b"echo"}:
             shown = b" ".join(words)[:128].decode("latin-1")
-            return b"-ERR unknown command %a\r\n" % shown  # %a: in one line
+            return b"-ERR unknown command %a\r\n" % shown  # %a: on one line
         return b"-ERR wrong number of arguments for '%b' command\r\n" % name
 
     def increment(self, key, amount=b"1"):
@@ -234,7 +233,7 @@ class Conversation:
         return b":%d\r\n" % new
 
     def hello(self, version=b"2", *options):
-        """Agree on a version of the protocol: 3 has another nothing."""
+        """Agree on a version of the protocol: in 3, there is `_`: nothing."""
         if version not in {b"2", b"3"}:
             return b"-NOPROTO unsupported protocol version\r\n"
         self.nothing = b"_\r\n" if version == b"3" else b"$-1\r\n"
@@ -254,7 +253,8 @@ def next_request(stream):
     if line[:1] != b"*":  # somebody types, such as: GET a
         words = whole(line).split(None, MAX_WORDS)
         if words[:1] in ([b"POST"], [b"Host:"]) or len(words) > MAX_WORDS:
-            raise ValueError("too many words, or HTTP")  # web pages, stay out
+            # HTTP: a web page could make a browser send us commands.
+            raise ValueError("too many words, or HTTP")
         return words
     count = COUNTS[line] if line in COUNTS else to_integer(whole(line)[1:])
     if count is None or count > MAX_WORDS:

@@ -29,10 +29,9 @@ import sys
 import threading
 import time
 
-BACKLOG = 4096  # clients that may wait for accept(), if the kernel agrees
 CHUNK = 64 * 1024  # bytes to read at once, at most
 LINGER = 1.0  # seconds that a client has to take in its last reply
-SHORTAGE = errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM
+SHORTAGE = errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM  # no room
 READ, WRITE, CLOSE = "read", "write", "close"  # what a client wants next
 
 
@@ -45,7 +44,7 @@ class TCPServer:
         """Listen on `address`, a host and a port. OSError if that fails."""
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.listener = socket.create_server(address, family=family)
-        self.listener.listen(BACKLOG)
+        self.listener.listen(4096)  # so many may wait, if the kernel agrees
         # Send each reply at once. The connections take this over.
         self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.listener.setblocking(False)
@@ -172,7 +171,7 @@ class Conversation:
     def __init__(self):
         self.incoming = bytearray()  # received, and not carried out yet
         self.needed = 1  # with fewer bytes than that, nothing can be complete
-        self.room = 1  # bytes, for this lot of replies; 0: it has to be sent
+        self.room = 1  # bytes for more replies; 0 or less: send these first
         self.nothing = b"$-1\r\n"  # the reply to GET if there is no value
         self.finished = False  # True: all is said, the connection is to end
         self.gone = False  # the pattern sets it: nobody takes replies any more
@@ -239,7 +238,7 @@ class Conversation:
             return b"+OK\r\n"
         if name not in CHANGES | {b"get", b"ping", b"echo"}:
             shown = b" ".join(words)[:128].decode("latin-1")
-            return b"-ERR unknown command %a\r\n" % shown  # %a: in one line
+            return b"-ERR unknown command %a\r\n" % shown  # %a: on one line
         return b"-ERR wrong number of arguments for '%b' command\r\n" % name
 
     def increment(self, key, amount=b"1"):
@@ -254,7 +253,7 @@ class Conversation:
         return b":%d\r\n" % new
 
     def hello(self, version=b"2", *options):
-        """Agree on a version of the protocol: 3 has another nothing."""
+        """Agree on a version of the protocol: in 3, there is `_`: nothing."""
         if version not in {b"2", b"3"}:
             return b"-NOPROTO unsupported protocol version\r\n"
         self.nothing = b"_\r\n" if version == b"3" else b"$-1\r\n"
@@ -274,7 +273,8 @@ def next_request(stream):
     if line[:1] != b"*":  # somebody types, such as: GET a
         words = whole(line).split(None, MAX_WORDS)
         if words[:1] in ([b"POST"], [b"Host:"]) or len(words) > MAX_WORDS:
-            raise ValueError("too many words, or HTTP")  # web pages, stay out
+            # HTTP: a web page could make a browser send us commands.
+            raise ValueError("too many words, or HTTP")
         return words
     count = COUNTS[line] if line in COUNTS else to_integer(whole(line)[1:])
     if count is None or count > MAX_WORDS:

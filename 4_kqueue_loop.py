@@ -32,12 +32,11 @@ import sys
 import threading
 import time
 
-BACKLOG = 4096  # clients that may wait for accept(), if the kernel agrees
 CHUNK = 64 * 1024  # bytes to read at once, at most
 LINGER = 1.0  # seconds that a client has to take in its last reply
-TICK = 1.0  # seconds between two looks for clients that have gone silent
+TICK = 0.5  # seconds between two looks for clients that have gone silent
 MAX_EVENTS = 1024  # to take from the queue at once
-SHORTAGE = errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM
+SHORTAGE = errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM  # no room
 READ, WRITE, CLOSE = "read", "write", "close"  # what a client wants next
 
 
@@ -50,7 +49,7 @@ class TCPServer:
         """Listen on `address`, a host and a port. OSError if that fails."""
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.listener = socket.create_server(address, family=family)
-        self.listener.listen(BACKLOG)
+        self.listener.listen(4096)  # so many may wait, if the kernel agrees
         # Send each reply at once. The connections take this over.
         self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.listener.setblocking(False)
@@ -105,9 +104,10 @@ class EventLoop:
             if now >= next_look:
                 next_look = now + TICK
                 for client in list(self.clients.values()):
-                    if now >= client.deadline:
-                        self.step(client, now)  # a last one
-                self.watch(self.listener, READ, KQ_EV_ADD)  # see accept()
+                    # Linux reports room late: a slow reader gets another try.
+                    if client.wants == WRITE or now >= client.deadline:
+                        self.step(client, now)
+                self.watch(self.listener, READ, KQ_EV_ADD)  # it may be off
 
     def watch(self, sock, wanted, flag):
         """Have the queue begin or end to watch a socket."""
@@ -124,7 +124,8 @@ class EventLoop:
             if error.errno in SHORTAGE:  # others are that client's own
                 with contextlib.suppress(OSError):  # nobody reads it
                     print(f"cannot accept: {error}", file=sys.stderr)
-                # Level-triggered, the queue would report it again and again.
+                # Level-triggered, the queue would report this again and again.
+                # run() will watch the listener anew at its next look.
                 self.watch(self.listener, READ, KQ_EV_DELETE)
             return
         conversation = self.new_conversation()
@@ -138,7 +139,9 @@ class EventLoop:
         if client.wants == CLOSE or now >= client.deadline:
             del self.clients[client.connection.fileno()]
             client.connection.close()  # this takes it out of the queue, too
-        elif client.wants != before:  # for both? it can write all the time
+        elif client.wants != before:
+            # Never for both: there is nearly always room to write, and that
+            # would wake the loop all the time.
             self.watch(client.connection, before, KQ_EV_DELETE)
             self.watch(client.connection, client.wants, KQ_EV_ADD)
 
@@ -252,7 +255,7 @@ class Conversation:
     def __init__(self):
         self.incoming = bytearray()  # received, and not carried out yet
         self.needed = 1  # with fewer bytes than that, nothing can be complete
-        self.room = 1  # bytes, for this lot of replies; 0: it has to be sent
+        self.room = 1  # bytes for more replies; 0 or less: send these first
         self.nothing = b"$-1\r\n"  # the reply to GET if there is no value
         self.finished = False  # True: all is said, the connection is to end
         self.gone = False  # the pattern sets it: nobody takes replies any more
@@ -319,7 +322,7 @@ class Conversation:
             return b"+OK\r\n"
         if name not in CHANGES | {b"get", b"ping", b"echo"}:
             shown = b" ".join(words)[:128].decode("latin-1")
-            return b"-ERR unknown command %a\r\n" % shown  # %a: in one line
+            return b"-ERR unknown command %a\r\n" % shown  # %a: on one line
         return b"-ERR wrong number of arguments for '%b' command\r\n" % name
 
     def increment(self, key, amount=b"1"):
@@ -334,7 +337,7 @@ class Conversation:
         return b":%d\r\n" % new
 
     def hello(self, version=b"2", *options):
-        """Agree on a version of the protocol: 3 has another nothing."""
+        """Agree on a version of the protocol: in 3, there is `_`: nothing."""
         if version not in {b"2", b"3"}:
             return b"-NOPROTO unsupported protocol version\r\n"
         self.nothing = b"_\r\n" if version == b"3" else b"$-1\r\n"
@@ -354,7 +357,8 @@ def next_request(stream):
     if line[:1] != b"*":  # somebody types, such as: GET a
         words = whole(line).split(None, MAX_WORDS)
         if words[:1] in ([b"POST"], [b"Host:"]) or len(words) > MAX_WORDS:
-            raise ValueError("too many words, or HTTP")  # web pages, stay out
+            # HTTP: a web page could make a browser send us commands.
+            raise ValueError("too many words, or HTTP")
         return words
     count = COUNTS[line] if line in COUNTS else to_integer(whole(line)[1:])
     if count is None or count > MAX_WORDS:
