@@ -250,7 +250,6 @@ class Conversation:
 
     values = {}  # the store: it belongs to the class, so all share it
     lock = threading.Lock()  # pattern 2 has threads: one change at a time
-    server = None  # whose figures INFO tells
 
     def __init__(self):
         self.incoming = bytearray()  # received, and not carried out yet
@@ -401,7 +400,7 @@ def bulk(value):
 def figures(server):
     """Return what the pattern has cost so far, as lines `name:value`."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    figures = {
+    facts = {
         "pattern": server.pattern,
         "process_id": os.getpid(),
         "role": "master",  # Redis clients look for it
@@ -412,11 +411,12 @@ def figures(server):
         "involuntary_context_switches": usage.ru_nivcsw,  # it was made to wait
         **server.tally(),
     }
-    return "".join(f"{name}:{value}\n" for name, value in figures.items())
+    return "".join(f"{name}:{value}\n" for name, value in facts.items())
 
 
 def stop(signal_number, frame):
     """Print the figures and end, whatever the threads are doing."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # once
     with contextlib.suppress(OSError):  # nobody reads it
         print(figures(Conversation.server), end="", flush=True)
     os._exit(0)
@@ -436,7 +436,7 @@ def main():
         server = TCPServer(address, Conversation, options.idle_timeout)
     except (OSError, OverflowError, ValueError) as error:
         sys.exit(f"cannot listen on {options.host}:{options.port}: {error}")
-    Conversation.server = server
+    Conversation.server = server  # whose figures INFO tells
     signal.signal(signal.SIGINT, stop)  # even if "&" in a script has it off
     signal.signal(signal.SIGTERM, stop)
     host, port = server.listener.getsockname()[:2]
