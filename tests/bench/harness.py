@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 from client import (  # noqa: E402, F401
     Failed,
     Server,
-    cpu_time,
+    figure,
     encode,
     glyphs,
     parse_info,
@@ -63,6 +63,11 @@ def ask(connection, *words):
 def ask_info(connection):
     """Return what a server says of itself, as {name: text}."""
     return parse_info(ask(connection, "INFO"))
+
+
+def cpu_time(info):
+    """Return the seconds of CPU time that a server says it has used."""
+    return figure(info, "used_cpu_user", "used_cpu_sys")
 
 
 def machine():
