@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Pattern 4: an event loop on kqueue. One thread waits for everybody at once.
+"""Pattern 4: an event loop on kqueue. One thread waits for all clients.
 
 Sockets are non-blocking, as in the busy wait. But the loop asks the kernel one
 question only: which of all these descriptors are ready to be read or written?
@@ -7,9 +7,9 @@ It sleeps until there are some, and then makes the calls that are worth it.
 
     listener  --.
     client A  --|     .--------.                     .------.
-    client B  --+---> | kqueue | -- "B and C are --> | loop | --> B.run()
-    client C  --'     '--------'     ready"          '------' --> C.run()
-                    the thread waits               it runs who is
+    client B  --+---> | kqueue | -- "B and C are --> | loop | --> B.step()
+    client C  --'     '--------'     ready"          '------' --> C.step()
+                    its thread waits               it runs who is
                     here, for them all             ready, and waits again
 
 Start it:  python3 4_kqueue_loop.py
@@ -18,9 +18,12 @@ Watch:     a thousand clients, two threads, and no CPU while they are silent.
 """
 
 import argparse
+import collections
+import contextlib
+import errno
 import io
-import logging
 import os
+import re
 import resource
 import select
 import signal
@@ -29,11 +32,12 @@ import sys
 import threading
 import time
 
-BACKLOG = 4096  # clients that may wait for accept(), if the kernel agrees
 CHUNK = 64 * 1024  # bytes to read at once, at most
 LINGER = 1.0  # seconds that a client has to take in its last reply
-TICK = 1.0  # seconds between two looks for clients that have gone silent
+TICK = 0.5  # seconds between two looks for clients that have gone silent
 MAX_EVENTS = 1024  # to take from the queue at once
+SHORTAGE = errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM  # no room
+READ, WRITE, CLOSE = "read", "write", "close"  # what a client wants next
 
 
 class TCPServer:
@@ -42,198 +46,108 @@ class TCPServer:
     pattern = "event loop on kqueue"
 
     def __init__(self, address, new_conversation, idle_timeout):
-        """Listen on `address`, a pair of host and port. OSError if that fails.
-
-        `new_conversation` is called for the application's part of each
-        connection. It ends after `idle_timeout` seconds without a byte moving.
-        """
+        """Listen on `address`, a host and a port. OSError if that fails."""
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.listener = socket.create_server(
-            address, family=family, backlog=BACKLOG
-        )
+        self.listener = socket.create_server(address, family=family)
+        self.listener.listen(4096)  # so many may wait, if the kernel agrees
         # Send each reply at once. The connections take this over.
         self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.listener.setblocking(False)
         self.loop = EventLoop(self.listener, new_conversation, idle_timeout)
-        self.thread = threading.Thread(target=self.loop.run, daemon=True)
 
     def start(self):
-        """Serve, until stop() is called. SystemExit if the loop fails."""
-        self.thread.start()
-        while self.thread.is_alive():
-            self.thread.join(TICK)  # then Python looks for signals again
-        if self.loop.running:  # threading has printed the traceback
-            sys.exit(1)
-
-    def stop(self):
-        """Accept no more, and end the connections."""
-        self.loop.stop()
-        if self.thread.is_alive():
-            self.thread.join(0.5)  # not for ever: a handler may be asleep
-        self.listener.close()
+        """Serve until a signal ends the program, or the loop fails."""
+        thread = threading.Thread(target=self.loop.run, daemon=True)
+        # Signals are for the main thread; the new one is born with its mask.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        thread.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        while thread.is_alive():
+            thread.join(TICK)
+        sys.exit(1)  # threading has printed the traceback
 
     def tally(self):
-        """Return the server's own figures, for INFO."""
+        """Return the pattern's own figures, for INFO."""
         return {
             "connected_clients": len(self.loop.clients),
-            "total_connections_received": self.loop.accepted,
             "wakeups": self.loop.wakeups,
             "events": self.loop.events,
         }
 
 
 class EventLoop:
-    """Waits for all descriptors in one queue, and runs who is ready.
-
-    kqueue, kevent and the KQ_ names come from the section behind the loop.
-    """
+    """Waits for all descriptors in one queue, and runs who is ready."""
 
     def __init__(self, listener, new_conversation, idle_timeout):
         self.listener = listener
-        self.new_conversation = new_conversation
-        self.idle_timeout = idle_timeout
+        self.new_conversation = new_conversation  # makes the application's end
+        self.idle_timeout = idle_timeout  # seconds without a byte moving
         self.clients = {}  # descriptor: Client
-        self.ready = set()  # those of them whom the queue has just reported
-        self.accepted = 0
         self.wakeups = 0
         self.events = 0  # how many the queue had for us in all these
-        self.running = True
-        self.accepting = False
         self.queue = kqueue()
-        # The loop sleeps in the queue: stop() sends a byte here to wake it.
-        self.wake_me, self.waker = socket.socketpair()
-        self.wake_me.setblocking(False)
-        self.waker.setblocking(False)
+        self.watch(listener, READ, KQ_EV_ADD)
 
     def run(self):
-        """Serve, until stop() is called."""
-        # Python handles signals in the main thread, but the kernel may wake
-        # any thread for them. For it to wake that one, this one refuses.
-        refused = signal.SIGINT, signal.SIGTERM
-        signal.pthread_sigmask(signal.SIG_BLOCK, refused)
-        self.change(self.wake_me.fileno(), KQ_FILTER_READ, KQ_EV_ADD)
-        self.accept_again()
+        """Serve for ever."""
         next_look = 0
-        try:
-            while self.running:
-                # With nobody connected it may sleep until somebody comes.
-                timeout = TICK if self.clients or not self.accepting else None
-                events = self.queue.control(None, MAX_EVENTS, timeout)
-                now = time.monotonic()
-                if events:
-                    self.wakeups += 1
-                    self.events += len(events)
-                for event in events:
-                    client = self.clients.get(event.ident)
-                    if client:
-                        self.ready.add(client)
-                        self.step(client)
-                    elif event.ident == self.listener.fileno():
-                        self.accept()
-                    # else it is stop() that wakes us, and `running` is False
-                self.answer()
-                # Unless there were too many events to take at once, who had
-                # sent anything has been run: the rest has been silent.
-                if now >= next_look and len(events) < MAX_EVENTS:
-                    next_look = now + TICK
-                    self.let_silent_clients_go(now)
-                    self.accept_again()
-        finally:
-            for client in self.clients.values():
-                client.connection.close()
+        while True:
+            events = self.queue.control(None, MAX_EVENTS, TICK)
+            now = time.monotonic()
+            self.wakeups += 1 if events else 0
+            self.events += len(events)
+            for event in events:
+                if event.ident in self.clients:
+                    self.step(self.clients[event.ident], now)
+                else:
+                    self.accept()
+            if now >= next_look:
+                next_look = now + TICK
+                for client in list(self.clients.values()):
+                    # Linux reports room late: a slow reader gets another try.
+                    if client.wants == WRITE or now >= client.deadline:
+                        self.step(client, now)
+                self.watch(self.listener, READ, KQ_EV_ADD)  # it may be off
 
-    def change(self, descriptor, what, flag):
-        """Have the queue begin or end to watch a descriptor."""
-        self.queue.control([kevent(descriptor, what, flag)], 0)
+    def watch(self, sock, wanted, flag):
+        """Have the queue begin or end to watch a socket."""
+        filter = KQ_FILTER_WRITE if wanted == WRITE else KQ_FILTER_READ
+        self.queue.control([kevent(sock.fileno(), filter, flag)], 0)
 
     def accept(self):
         """Take in the client that the queue has announced."""
         try:
             connection, address = self.listener.accept()
-            descriptor = connection.fileno()
-            self.change(descriptor, KQ_FILTER_READ, KQ_EV_ADD)
-        except (BlockingIOError, ConnectionError):  # it has left already
-            return
-        except OSError as error:  # most likely EMFILE: no descriptor is free
-            logging.warning("cannot accept: %s; will try again", error)
-            # Level-triggered, the queue would report this client for ever.
-            self.change(self.listener.fileno(), KQ_FILTER_READ, KQ_EV_DELETE)
-            self.accepting = False
-            return
-        # macOS and the BSDs take this over from the listener, Linux does not.
-        connection.setblocking(False)
-        client = Client(
-            connection, self.new_conversation(), self.idle_timeout
-        )
-        self.clients[descriptor] = client
-        self.accepted += 1
-        logging.info("descriptor %d is a client at %s", descriptor, address)
-
-    def accept_again(self):
-        """Watch for new clients, if that is not so already."""
-        if not self.accepting:
-            self.change(self.listener.fileno(), KQ_FILTER_READ, KQ_EV_ADD)
-            self.accepting = True
-
-    def step(self, client):
-        """Let a client take a step. Return whether it is still there."""
-        try:
-            if client.run():
-                return True
-            reason = "closed"
-        except BlockingIOError:
-            return True
+            connection.setblocking(False)
+            self.watch(connection, READ, KQ_EV_ADD)
         except OSError as error:
-            reason = f"lost: {error}"
-        self.close(client, reason)
-        return False
+            if error.errno in SHORTAGE:  # others are that client's own
+                with contextlib.suppress(OSError):  # nobody reads it
+                    print(f"cannot accept: {error}", file=sys.stderr)
+                # Level-triggered, the queue would report this again and again.
+                # run() will watch the listener anew at its next look.
+                self.watch(self.listener, READ, KQ_EV_DELETE)
+            return
+        conversation = self.new_conversation()
+        client = Client(connection, conversation, self.idle_timeout)
+        self.clients[connection.fileno()] = client
 
-    def answer(self):
-        """Send the replies, now that all who are ready have been read from.
-
-        Redis does so, too. A reply wakes up the process that waits for it; one
-        that waits for several, on one machine, is woken up once for them all.
-        """
-        while self.ready:
-            client = self.ready.pop()
-            if client.outgoing and not self.step(client):
-                continue
-            # Either it reads or it writes. To watch for writes all the time
-            # would wake the loop all the time: there is nearly always room.
-            needs = KQ_FILTER_WRITE if client.outgoing else KQ_FILTER_READ
-            if needs != client.waits_for:
-                descriptor = client.connection.fileno()
-                self.change(descriptor, client.waits_for, KQ_EV_DELETE)
-                self.change(descriptor, needs, KQ_EV_ADD)
-                client.waits_for = needs
-
-    def let_silent_clients_go(self, now):
-        """End the connections on which no byte has moved for too long."""
-        for client in list(self.clients.values()):
-            if now >= client.deadline:
-                self.close(client, "let go: too long silent")
-
-    def close(self, client, reason):
-        """End a connection. The next may get the number of its descriptor."""
-        descriptor = client.connection.fileno()
-        logging.info("descriptor %d %s", descriptor, reason)
-        self.change(descriptor, client.waits_for, KQ_EV_DELETE)
-        del self.clients[descriptor]
-        self.ready.discard(client)
-        client.connection.close()
-        self.accept_again()  # there is room for one now
-
-    def stop(self):
-        """End run(), from another thread."""
-        self.running = False
-        self.waker.send(b"!")
+    def step(self, client, now):
+        """Let a client take a step, and watch for what it wants next."""
+        before = client.wants
+        client.step()
+        if client.wants == CLOSE or now >= client.deadline:
+            del self.clients[client.connection.fileno()]
+            client.connection.close()  # this takes it out of the queue, too
+        elif client.wants != before:
+            # Never for both: there is nearly always room to write, and that
+            # would wake the loop all the time.
+            self.watch(client.connection, before, KQ_EV_DELETE)
+            self.watch(client.connection, client.wants, KQ_EV_ADD)
 
 
 class Client:
     """One connection. It takes one step at a time, and never waits."""
-
-    __slots__ = ("connection", "conversation", "idle_timeout", "deadline",
-                 "outgoing", "lingering", "waits_for")
 
     def __init__(self, connection, conversation, idle_timeout):
         self.connection = connection
@@ -241,54 +155,51 @@ class Client:
         self.idle_timeout = idle_timeout
         self.deadline = time.monotonic() + idle_timeout
         self.outgoing = b""  # replies that the kernel has not taken yet
-        self.lingering = False
-        self.waits_for = KQ_FILTER_READ
+        self.wants = READ
 
-    def run(self):
-        """Take a step: send replies that are owed or, if none is, read more.
+    def step(self):
+        """Take a step, and set what it `wants` next. False: it was in vain.
 
-        A client that does not read its replies is not read from either. Its
-        requests stay in the kernel and, when that is full, with the client:
-        this is backpressure. Returns False at the end of the connection.
-        Raises BlockingIOError if nothing can be read, or written, at present,
-        and OSError if nothing can be read any more.
+        A client that does not take its replies is not read from: its requests
+        wait in the kernel, and then at its own end. This is backpressure.
         """
+        try:
+            if self.wants == READ:
+                data = self.connection.recv(CHUNK)
+                if not data or self.conversation.finished:
+                    self.wants = READ if data else CLOSE
+                    return True
+                self.conversation.receive(data)
+            self.send()
+        except BlockingIOError:  # EAGAIN: there is nothing, or no room, yet
+            return False
+        except (OSError, MemoryError):  # it was reset, or asks for too much
+            self.wants = CLOSE
+        return True
+
+    def send(self):
+        """Send replies, as many as the kernel has room for."""
+        self.wants = WRITE
+        self.outgoing = self.outgoing or self.conversation.replies()
         if self.outgoing:
             try:
                 sent = self.connection.send(self.outgoing)
-            except ConnectionError:  # it has gone; its requests still count
+            except ConnectionError:  # it has gone; what it asked is still done
+                self.conversation.gone = True
                 sent = len(self.outgoing)
-            self.outgoing = self.outgoing[sent:] or self.conversation.replies()
-        else:
-            data = self.connection.recv(CHUNK)
-            if not data:
-                return False
-            if self.lingering:
-                return True
-            self.conversation.receive(data)
-            self.outgoing = self.conversation.replies()
+            self.outgoing = self.outgoing[sent:]
         self.deadline = time.monotonic() + self.idle_timeout
-        if self.conversation.finished and not self.outgoing:
-            self.linger()
-        return True
-
-    def linger(self):
-        """Let the last reply arrive before the connection is closed.
-
-        To close while the client still sends makes the kernel reset the
-        connection, and the client may lose replies that it has not read yet.
-        """
-        self.connection.shutdown(socket.SHUT_WR)
-        self.lingering = True
-        self.deadline = time.monotonic() + LINGER
+        if not self.outgoing and self.conversation.room > 0:
+            self.wants = READ
+            if self.conversation.finished:  # it must read to the end, in time
+                self.connection.shutdown(socket.SHUT_WR)
+                self.deadline = time.monotonic() + LINGER
 
 
 # ---- kqueue on Linux --------------------------------------------------------
 #
-# Linux has epoll instead. The two do the same job, but
-#   - kqueue has a registration for each descriptor and filter (read, write),
-#     epoll has one for each descriptor, with a mask. So we keep the masks;
-#   - kqueue takes changes and gives events in one call, epoll has two calls.
+# Linux has epoll. It does the same job, but watches a descriptor once, with a
+# mask; kqueue watches it once for each filter. This loop has no use for two.
 
 try:
     from select import KQ_EV_ADD, KQ_EV_DELETE, KQ_FILTER_READ, KQ_FILTER_WRITE
@@ -299,417 +210,239 @@ except ImportError:
 
     KQ_FILTER_READ, KQ_FILTER_WRITE = select.EPOLLIN, select.EPOLLOUT
     KQ_EV_ADD, KQ_EV_DELETE = 1, 2
-    TROUBLE = select.EPOLLERR | select.EPOLLHUP  # reported unasked
 
-    class kevent:
-        __slots__ = "ident", "filter", "flags"
-
-        def __init__(self, ident, filter, flags):
-            self.ident = ident
-            self.filter = filter
-            self.flags = flags
+    kevent = collections.namedtuple("kevent", "ident filter flags")
 
     class kqueue:
         def __init__(self):
             self.epoll = select.epoll()
-            self.masks = {}  # descriptor: what it is watched for
 
         def control(self, changes, max_events, timeout=None):
             for change in changes or ():
-                self.apply(change.ident, change.filter, change.flags)
-            if not max_events:
-                return []
-            events = []
-            timeout = -1 if timeout is None else timeout
-            for ident, ready in self.epoll.poll(timeout, max_events):
-                if ready & TROUBLE:  # recv or send will tell which
-                    ready |= self.masks[ident]
-                if ready & KQ_FILTER_READ:
-                    events.append(kevent(ident, KQ_FILTER_READ, 0))
-                if ready & KQ_FILTER_WRITE:
-                    events.append(kevent(ident, KQ_FILTER_WRITE, 0))
-            return events
-
-        def apply(self, ident, filter, flags):
-            before = self.masks.pop(ident, 0)
-            mask = before | filter if flags == KQ_EV_ADD else before & ~filter
-            if not before:
-                self.epoll.register(ident, mask)
-            elif mask:
-                self.epoll.modify(ident, mask)
-            else:
-                self.epoll.unregister(ident)
-            if mask:
-                self.masks[ident] = mask
+                if change.flags == KQ_EV_DELETE:
+                    self.epoll.unregister(change.ident)
+                else:
+                    with contextlib.suppress(FileExistsError):
+                        self.epoll.register(change.ident, change.filter)
+            ready = self.epoll.poll(timeout, max_events) if max_events else []
+            return [kevent(ident, mask, KQ_EV_ADD) for ident, mask in ready]
 
 
-# ---- The application: a key-value store that speaks Redis's protocol --------
-#
-# From this line to the end, the text is the same in all four servers. It is
-# "sans-I/O": bytes go in, replies come out, and it never touches a socket.
-# Moving the bytes is the business of the pattern above. The protocol is RESP 2
-# (https://redis.io/docs/latest/develop/reference/protocol-spec/), the replies
-# are those of redis-server 7, and so are most of the error messages.
+# ---- The application: a key-value store that speaks Redis -------------------
+# From here to the end, the text is the same in all four files. It is sans-I/O:
+# bytes go in, replies come out, and it never touches a socket. The protocol:
+# https://redis.io/docs/latest/develop/reference/protocol-spec/
+# Left out: quotes in typed lines, the other commands, a limit for the store.
 
-MAX_REQUEST = 1024 * 1024  # bytes; one client must not fill the memory
-MAX_WORDS = 1024  # per request; an empty word takes memory too
-MAX_LINE = 64 * 1024  # bytes; nor must a line that never ends
+MAX_REQUEST = 1024 * 1024  # bytes in its words: nobody may fill the memory
+MAX_WORDS = 1024  # per request; an empty word takes memory, too
+MAX_LINE = 64 * 1024  # bytes; it is read again and again until its end comes
 REPLIES_AT_ONCE = 64 * 1024  # bytes; more requests wait until these are sent
-MAX_SLEEP = 10  # seconds; in three of the patterns everybody waits
-
-# Most lines that begin a request or a word: to look them up is the fastest.
-COUNTS = {b"*%d\r\n" % n: n for n in range(1, MAX_WORDS + 1)}
-LENGTHS = {b"$%d\r\n" % n: n for n in range(1024)}
-
-
-class ProtocolError(Exception):
-    """The client broke the rules. Where does its next request begin?"""
-
-
-class Incomplete(Exception):
-    """A request has no end yet. How many bytes, at least, are missing?"""
+INT64 = range(-(2**63), 2**63)
+SLEEP = re.compile(rb"(?i)debug sleep ([0-9]|[0-9]?\.[0-9]+|10)")  # seconds
+CHANGES = {b"set", b"incr", b"incrby"}  # what these do outlives the client
+COUNTS = {b"*%d\r\n" % n: n for n in range(MAX_WORDS + 1)}  # faster than int
+SIZES = {b"$%d\r\n" % n: n for n in range(1024)}
 
 
 class Conversation:
-    """What one client asks and is told: bytes in, replies out.
+    """What one client asks, and what it is told."""
 
-    A read may bring half a request or a hundred requests. receive() takes in
-    what came; replies() carries out the requests that are complete.
-    """
+    values = {}  # the store: it belongs to the class, so all share it
+    lock = threading.Lock()  # pattern 2 has threads: one change at a time
 
-    # With its names set down, an object takes less memory.
-    __slots__ = "store", "incoming", "needed", "finished"
-
-    def __init__(self, store):
-        self.store = store
+    def __init__(self):
         self.incoming = bytearray()  # received, and not carried out yet
         self.needed = 1  # with fewer bytes than that, nothing can be complete
-        self.finished = False  # True after a protocol error: all is said
+        self.room = 1  # bytes for more replies; 0 or less: send these first
+        self.nothing = b"$-1\r\n"  # the reply to GET if there is no value
+        self.finished = False  # True: all is said, the connection is to end
+        self.gone = False  # the pattern sets it: nobody takes replies any more
 
     def receive(self, data):
         """Take in `data`: bytes that may begin and end anywhere."""
-        if not self.finished:
-            self.incoming += data
+        self.incoming += data
 
     def replies(self):
-        """Carry out the complete requests; return their replies as bytes.
+        """Carry out complete requests; return their replies, or b"" if none.
 
-        Stops at REPLIES_AT_ONCE bytes and one reply, so that a client which
-        asks and never reads cannot fill the memory: send these, then call
-        again. b"" means that there is nothing to do until more is received.
+        Stops at REPLIES_AT_ONCE, or after a handler that has blocked.
         """
-        received = len(self.incoming)
+        self.room, received = REPLIES_AT_ONCE, len(self.incoming)
         if received < self.needed:
             return b""
-        self.needed, done = 1, 0
+        replies, done, self.needed = [], 0, 1
         stream = io.BytesIO(self.incoming)  # to read it like a file
-        replies, size = [], 0
         try:
-            while done < received and size < REPLIES_AT_ONCE:
+            while done < received and self.room > 0:
                 words = next_request(stream)
                 done = stream.tell()
                 if words:
-                    reply = self.store.carry_out(words)
-                    replies.append(reply)
-                    size += len(reply)
-        except Incomplete as error:
+                    replies.append(self.carry_out(words))
+                    self.room -= len(replies[-1])
+        except EOFError as error:  # a request has no end yet
             self.needed = received - done + error.args[0]
-        except ProtocolError as error:
-            replies.append(error_reply(b"Protocol error: " + error.args[0]))
+        except ValueError as error:  # it breaks the protocol, or a limit
+            replies.append(f"-ERR Protocol error: {error}\r\n".encode())
             self.finished = True
-            done = received
-        del self.incoming[:done]
+        del self.incoming[: received if self.finished else done]
         return b"".join(replies)
+
+    def carry_out(self, words):
+        """Carry out a request, given as a list of bytes; return the reply."""
+        name, count = words[0].lower(), len(words)
+        if self.gone and name not in CHANGES:
+            return b""  # build no replies for nobody
+        if name == b"get" and count == 2:
+            values, key = self.values, words[1]
+            return bulk(values[key]) if key in values else self.nothing
+        if name == b"set" and count == 3:
+            with self.lock:
+                self.values[words[1]] = words[2]
+            return b"+OK\r\n"
+        if name == b"set" and count > 3:  # with an option, such as EX
+            return b"-ERR syntax error\r\n"
+        if (name, count) in {(b"incr", 2), (b"incrby", 3)}:
+            return self.increment(*words[1:])
+        if name == b"ping" and count == 1:
+            return b"+PONG\r\n"
+        if name in {b"ping", b"echo"} and count == 2:
+            return bulk(words[1])
+        if name == b"info":
+            return bulk(figures(self.server).replace("\n", "\r\n").encode())
+        if name == b"hello":
+            return self.hello(*words[1:])
+        if count == 3 and SLEEP.fullmatch(b" ".join(words)):
+            time.sleep(float(words[2]))
+            self.room = 0  # the others have waited for long enough
+            return b"+OK\r\n"
+        if name == b"quit":
+            self.finished, self.room = True, 0
+            return b"+OK\r\n"
+        if name not in CHANGES | {b"get", b"ping", b"echo"}:
+            shown = b" ".join(words)[:128].decode("latin-1")
+            return b"-ERR unknown command %a\r\n" % shown  # %a: on one line
+        return b"-ERR wrong number of arguments for '%b' command\r\n" % name
+
+    def increment(self, key, amount=b"1"):
+        with self.lock:
+            old = to_integer(self.values[key]) if key in self.values else 0
+            if old is None or to_integer(amount) is None:
+                return b"-ERR value is not an integer or out of range\r\n"
+            new = old + int(amount)
+            if new not in INT64:
+                return b"-ERR increment or decrement would overflow\r\n"
+            self.values[key] = b"%d" % new
+        return b":%d\r\n" % new
+
+    def hello(self, version=b"2", *options):
+        """Agree on a version of the protocol: in 3, there is `_`: nothing."""
+        if version not in {b"2", b"3"}:
+            return b"-NOPROTO unsupported protocol version\r\n"
+        self.nothing = b"_\r\n" if version == b"3" else b"$-1\r\n"
+        texts = b"server redis version 7.0.0 mode standalone role master proto"
+        head = b"%7\r\n" if version == b"3" else b"*14\r\n"  # a map, an array
+        tail = b":%b\r\n$2\r\nid\r\n:1\r\n$7\r\nmodules\r\n*0\r\n" % version
+        return head + b"".join(map(bulk, texts.split())) + tail
 
 
 def next_request(stream):
-    """Read a request; return its words. It may be empty, and has none then.
+    """Return a request: its words, a list of bytes that may be empty.
 
-    Raises Incomplete or ProtocolError. An incomplete request is read again
-    from its beginning when more has come, which its limits keep affordable.
+    Raises ValueError if it breaks the protocol or a limit, and EOFError with
+    the bytes that it lacks, at least: it is read anew when more has come.
     """
     line = stream.readline()
-    count = COUNTS.get(line)
-    if count is None:
-        if not line.startswith(b"*"):
-            return inline_request(line)
-        count = read_number(stream, line, b"mbulk count string")
-        if count is None or count > MAX_WORDS:
-            raise ProtocolError(b"invalid multibulk length")
+    if line[:1] != b"*":  # somebody types, such as: GET a
+        words = whole(line).split(None, MAX_WORDS)
+        if words[:1] in ([b"POST"], [b"Host:"]) or len(words) > MAX_WORDS:
+            # HTTP: a web page could make a browser send us commands.
+            raise ValueError("too many words, or HTTP")
+        return words
+    count = COUNTS[line] if line in COUNTS else to_integer(whole(line)[1:])
+    if count is None or count > MAX_WORDS:
+        raise ValueError("expected the number of words")
     words, room = [], MAX_REQUEST
     while len(words) < count:
         line = stream.readline()
-        length = LENGTHS.get(line)
-        if length is None or length > room:
-            length = read_number(stream, line, b"bulk count string")
-            if not line.startswith(b"$"):
-                raise ProtocolError(b"expected '$', got '%c'" % line[0])
-            if length is None or not 0 <= length <= room:
-                raise ProtocolError(b"invalid bulk length")
-        room -= length
-        word, end = stream.read(length), stream.read(2)
+        size = SIZES[line] if line in SIZES else to_integer(whole(line)[1:])
+        if size is None or not 0 <= size <= room or line[:1] != b"$":
+            raise ValueError("expected $ and the size of a word")
+        room -= size
+        word, end = stream.read(size), stream.read(2)
         if len(end) < 2:
-            raise Incomplete(length + 2 - len(word) - len(end))
+            raise EOFError(size + 2 - len(word) - len(end))
         words.append(word)
     return words
 
 
-def read_number(stream, line, name):
-    """Return the number in a `line` such as `*2`, or None if it has none."""
-    # As in Redis, the line ends at the first "\r" and one byte more.
-    data, start = stream.getvalue(), stream.tell() - len(line)
-    end = data.find(b"\r", start, -1)
-    if end < 0:
-        raise without_end(len(data) - start, name)
-    stream.seek(end + 2)
-    return to_integer(data[start + 1 : end])
+def whole(line):
+    """Return a line without its end. Raises like next_request."""
+    if len(line) > MAX_LINE:
+        raise ValueError("too long a line")
+    if not line.endswith(b"\n"):
+        raise EOFError(1)
+    return line.removesuffix(b"\r\n")
 
 
-def inline_request(line):
-    """Return the words of a line such as a person types: `GET a`."""
-    if not line.endswith(b"\n") or len(line) > MAX_LINE + 1:
-        raise without_end(len(line), b"inline request")
-    words = line.split(None, MAX_WORDS)
-    if len(words) > MAX_WORDS:
-        raise ProtocolError(b"too many words in inline request")
-    return words
+def to_integer(text):
+    """Return the 64-bit integer that `text` spells in bytes, or None."""
+    # int() alone would also take b" 10 ", b"+10", b"010" and b"1_0".
+    fits = re.fullmatch(rb"0|-?[1-9][0-9]{0,18}", text) and int(text) in INT64
+    return int(text) if fits else None
 
 
-def without_end(length, name):
-    """Return what to raise for a line that has `length` bytes and no end."""
-    if length > MAX_LINE:
-        return ProtocolError(b"too big " + name)
-    return Incomplete(1)
-
-
-class KeyValueStore:
-    """The keys and values, which all connections share, and the commands.
-
-    A command takes its words as bytes, and returns its reply as bytes.
-    """
-
-    def __init__(self):
-        self.values = {}
-        # INCR reads, adds, writes. No other thread may write in between.
-        self.lock = threading.Lock()
-        self.figures = dict  # what INFO tells: a function that returns a dict
-        self.commands = {  # name: function, fewest words (with the name), most
-            b"PING": (self.ping, 1, 2),
-            b"ECHO": (self.echo, 2, 2),
-            b"GET": (self.get, 2, 2),
-            b"SET": (self.set, 3, MAX_WORDS),
-            b"INCR": (self.increment, 2, 2),
-            b"INCRBY": (self.increment, 3, 3),
-            b"INFO": (self.info, 1, MAX_WORDS),
-            b"DEBUG": (self.debug, 2, MAX_WORDS),
-        }
-
-    def carry_out(self, words):
-        """Carry out a request, given as a list of words; return the reply."""
-        name = words[0]
-        command, fewest, most = self.commands.get(name.upper(), (None, 0, 0))
-        if command is None:
-            return error_reply(b"unknown command '%b'" % name[:128])
-        if not fewest <= len(words) <= most:
-            return error_reply(
-                b"wrong number of arguments for '%b' command" % name.lower()
-            )
-        return command(*words[1:])
-
-    def ping(self, message=None):
-        return b"+PONG\r\n" if message is None else bulk_reply(message)
-
-    def echo(self, message):
-        return bulk_reply(message)
-
-    def get(self, key):
-        value = self.values.get(key)
-        return b"$-1\r\n" if value is None else bulk_reply(value)
-
-    def set(self, key, value, *options):
-        if options:  # Redis has some, such as EX for an expiry; we have none
-            return error_reply(b"syntax error")
-        with self.lock:
-            self.values[key] = value
-        return b"+OK\r\n"
-
-    def increment(self, key, amount=b"1"):
-        amount = to_integer(amount)
-        with self.lock:
-            value = to_integer(self.values.get(key, b"0"))
-            if amount is None or value is None:
-                return error_reply(b"value is not an integer or out of range")
-            value += amount
-            if not -(2**63) <= value < 2**63:
-                return error_reply(b"increment or decrement would overflow")
-            self.values[key] = b"%d" % value
-        return b":%d\r\n" % value
-
-    def info(self, *sections):
-        lines = ["# Server"]
-        lines += [f"{name}:{value}" for name, value in self.figures().items()]
-        return bulk_reply("".join(f"{line}\r\n" for line in lines).encode())
-
-    def debug(self, subcommand, *words):
-        """DEBUG SLEEP stands for a handler that blocks: a slow query, say."""
-        if subcommand.upper() != b"SLEEP" or len(words) != 1:
-            return error_reply(
-                b"unknown subcommand or wrong number of arguments for '%b'."
-                b" Try DEBUG SLEEP seconds." % subcommand[:128]
-            )
-        try:
-            seconds = float(words[0])
-        except ValueError:
-            seconds = -1
-        if not 0 <= seconds <= MAX_SLEEP:
-            return error_reply(b"SLEEP takes 0 to %d seconds" % MAX_SLEEP)
-        time.sleep(seconds)
-        return b"+OK\r\n"
-
-
-def bulk_reply(value):
+def bulk(value):
     """Return the reply that carries `value`: its length, and its bytes."""
     return b"$%d\r\n%b\r\n" % (len(value), value)
 
 
-def error_reply(text):
-    """Return the reply that tells of an error."""
-    # A line break in it would end the reply early, and what follows would be
-    # taken for a reply of its own.
-    return b"-ERR %b\r\n" % text.replace(b"\r", b" ").replace(b"\n", b" ")
-
-
-def to_integer(text):
-    """Return the 64-bit integer that the bytes `text` spell, or None.
-
-    There is one spelling for each, as in Redis. int() alone would also take
-    b" 10 ", b"+10", b"010" and b"1_0".
-    """
-    try:
-        number = int(text) if len(text) <= 20 else 2**63
-    except ValueError:
-        return None
-    if -(2**63) <= number < 2**63 and b"%d" % number == text:
-        return number
-    return None
-
-
 def figures(server):
-    """Return what the pattern has cost so far, as {name: value} for INFO."""
+    """Return what the pattern has cost so far, as lines `name:value`."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return {
+    facts = {
         "pattern": server.pattern,
         "process_id": os.getpid(),
+        "role": "master",  # Redis clients look for it
         "threads": threading.active_count(),
         "used_cpu_user": f"{usage.ru_utime:.6f}",  # seconds
         "used_cpu_sys": f"{usage.ru_stime:.6f}",
         "voluntary_context_switches": usage.ru_nvcsw,  # it waited
         "involuntary_context_switches": usage.ru_nivcsw,  # it was made to wait
-        "used_memory_peak": peak_memory(usage),  # bytes
         **server.tally(),
     }
+    return "".join(f"{name}:{value}\n" for name, value in facts.items())
 
 
-def peak_memory(usage):
-    """Return the most memory that this process has held at once, in bytes."""
-    try:
-        # On Linux, ru_maxrss starts from what the parent had. VmHWM does not.
-        with open("/proc/self/status") as status:
-            return int(status.read().partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, IndexError):
-        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def raise_descriptor_limit():
-    """Allow this process as many descriptors, so clients, as it may have."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    for limit in hard, 10240:  # macOS may say "unlimited" and take only 10240
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-            return
-        except (OSError, ValueError):
-            pass
-
-
-class OnceAMinute(logging.Filter):
-    """Lets one warning a minute through. A shortage seldom comes alone."""
-
-    quiet_until = 0
-
-    def filter(self, record):
-        if record.levelno < logging.WARNING:
-            return True
-        if record.created < self.quiet_until:
-            return False
-        self.quiet_until = record.created + 60
-        return True
-
-
-def command_line():
-    """Return the options, checked, or end the program with one line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
-    add = parser.add_argument
-    add("--host", default="127.0.0.1")
-    add("--port", type=int, default=6380, help="0 takes a free one")
-    add("--idle-timeout", type=float, default=60, metavar="SECONDS")
-    add("-v", "--verbose", action="store_true", help="tell who comes and goes")
-    options = parser.parse_args()
-    if not options.host:  # it would mean: listen to the whole world
-        parser.error("--host is empty")
-    if not 0.001 <= options.idle_timeout <= 1e6:
-        parser.error("--idle-timeout takes 0.001 to 1000000 seconds")
-    return options
+def stop(signal_number, frame):
+    """Print the figures and end, whatever the threads are doing."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # once
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(figures(Conversation.server), end="", flush=True)
+    os._exit(0)
 
 
 def main():
-    options = command_line()
-    log = logging.StreamHandler()  # to stderr
-    log.addFilter(OnceAMinute())
-    level = logging.INFO if options.verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", handlers=[log])
-    raise_descriptor_limit()
-
-    store = KeyValueStore()
+    parser = argparse.ArgumentParser(description=TCPServer.__doc__)
+    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=6380, help="0: a free one")
+    parser.add_argument("--idle-timeout", type=float, default=300)  # seconds
+    options = parser.parse_args()
+    if not options.host or not 0.001 <= options.idle_timeout <= 1e6:
+        parser.error("--host is empty, or --idle-timeout not 0.001 to 1000000")
+    address = options.host, options.port
     try:
-        server = TCPServer(
-            (options.host, options.port),
-            lambda: Conversation(store),
-            options.idle_timeout,
-        )
-    except (OSError, OverflowError, TypeError, ValueError) as error:
+        server = TCPServer(address, Conversation, options.idle_timeout)
+    except (OSError, OverflowError, ValueError) as error:
         sys.exit(f"cannot listen on {options.host}:{options.port}: {error}")
-    store.figures = lambda: figures(server)
-
-    stopped = False
-
-    def stop(signal_number, frame):
-        nonlocal stopped
-        if not stopped:  # a second signal must not disturb the end
-            stopped = True
-            server.stop()
-            raise KeyboardInterrupt  # out of the call that the thread is in
-
-    try:
-        # SIGINT as well: a script's "&" starts a program with SIGINT ignored.
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
-        host, port = server.listener.getsockname()[:2]
+    Conversation.server = server  # whose figures INFO tells
+    signal.signal(signal.SIGINT, stop)  # even if "&" in a script has it off
+    signal.signal(signal.SIGTERM, stop)
+    host, port = server.listener.getsockname()[:2]
+    with contextlib.suppress(OSError):  # nobody reads it
         print(f"{server.pattern}: listening on {host}:{port}", flush=True)
-        server.start()
-    except KeyboardInterrupt:
-        pass
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending already
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        for name, value in figures(server).items():
-            print(f"{name}: {value}")
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    server.start()
 
 
 if __name__ == "__main__":
