@@ -229,6 +229,7 @@ class Server:
                 raise Failed(f"{self.script} did not start: it said {line!a}")
         except BaseException:  # or we are told to end: so is the server
             self.process.kill()
+            self.process.wait()
             raise
         finally:
             watchdog.cancel()
@@ -420,8 +421,7 @@ def main():
     live = room and sys.stdout.isatty()
     crowds = []
     for number, script in enumerate(options.server or [None]):
-        crowd = visit(script, options, scale, live)
-        crowds.append(crowd)
+        crowds.append(crowd := visit(script, options, scale, live))
         if options.transcript:
             said = [line for v in crowd.visitors for line in v.transcript]
             write(options.transcript[number], said)
