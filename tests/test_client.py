@@ -9,17 +9,16 @@ import os
 import pty
 import re
 import resource
-import socket
 import struct
 import subprocess
 import sys
 import termios
-import threading
 import time
 import types
 from pathlib import Path
 
 import pytest
+from fake_server import right, spoiled, start
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVERS = Path(os.environ.get("SERVERS_DIR") or ROOT).resolve()
@@ -74,75 +73,11 @@ def drawings_of(output, signs="░█"):
     return found
 
 
-RESET = "reset"
-
-
-def serve(reply, sock):
-    """Reply to one client of a Fake."""
-    with contextlib.suppress(OSError), sock, sock.makefile("rb") as lines:
-        for count in lines:
-            words = []
-            for _ in range(int(count[1:])):
-                size = int(lines.readline()[1:])
-                words.append(lines.read(size + 2)[:-2])
-            parts = reply(words)
-            if parts == RESET:
-                linger = struct.pack("ii", 1, 0)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            if parts in (None, RESET):
-                return
-            for part in [parts] if isinstance(parts, bytes) else parts:
-                sock.sendall(part)
-
-
-def accept(listener, reply):
-    with contextlib.suppress(OSError):  # the test is over
-        while True:
-            args = reply, listener.accept()[0]
-            threading.Thread(target=serve, args=args, daemon=True).start()
-
-
 @pytest.fixture
 def fake():
-    """Start a server in threads, and return its port.
-
-    `reply` gets a request, its words, and returns the reply: bytes, or an
-    iterator of bytes; None closes the connection, RESET resets it.
-    """
+    """Start fake servers; all are closed in the end."""
     with contextlib.ExitStack() as stack:
-
-        def make(reply=right):
-            listener = socket.create_server(("127.0.0.1", 0), backlog=2000)
-            stack.enter_context(listener)
-            args = listener, reply
-            threading.Thread(target=accept, args=args, daemon=True).start()
-            return listener.getsockname()[1]
-
-        yield make
-
-
-values, counts, lock = {}, {}, threading.Lock()
-
-
-def right(words):
-    """Reply as a right server would."""
-    command, *words = words
-    with lock:
-        if command == b"SET":
-            values[words[0]] = words[1]
-            return b"+OK\r\n"
-        if command == b"GET":
-            value = values.get(words[0], b"")
-            return b"$%d\r\n%b\r\n" % (len(value), value)
-        if command == b"INFO":
-            return b"-ERR unknown command\r\n"
-        counts[words[0]] = counts.get(words[0], 0) + (command == b"INCR")
-        return b":%d\r\n" % counts[words[0]]
-
-
-def spoiled(command, wrong):
-    """Return a function that replies rightly, but to one command."""
-    return lambda words: wrong if words[0] == command else right(words)
+        yield lambda reply=right: start(reply, stack)
 
 
 # ---- Talking and drawing ----------------------------------------------------
@@ -285,9 +220,8 @@ def test_resets(fake):
     """1,500 connections are reset: that is one sentence."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     count = min(1500, hard - 100) if hard > 0 else 1500
-    port = fake(lambda words: RESET)
-    result = run_client("--port", port, "--connections", count)
-    check_failure(result, str(port))
+    result = run_client("--port", fake(None), "--connections", count)
+    check_failure(result, "no connection")
 
 
 @pytest.mark.parametrize(
