@@ -1,15 +1,20 @@
 # Works with GNU make (3.81 and newer) and with BSD make.
 # PYTHON= chooses the interpreter:  make demo PYTHON=pypy3
+# The clients of all demos:  make demo CONNECTIONS=1000 THINK=0.5
 
 PYTHON = python3
+CONNECTIONS = 8
+REQUESTS = 4
+THINK = 0.05
+TIMEOUT = 30
 
 SINGLE = 1_single_blocking
 MULTI = 2_multi_blocking
 BUSY = 3_busy_wait
 KQUEUE = 4_kqueue_loop
-DEMO = $(PYTHON) client.py
-SERVERS = --server $(SINGLE).py --server $(MULTI).py \
-	--server $(BUSY).py --server $(KQUEUE).py
+CLIENTS = --connections $(CONNECTIONS) --requests $(REQUESTS) \
+	--think $(THINK) --timeout $(TIMEOUT)
+DEMO = $(PYTHON) client.py $(CLIENTS)
 TRANSCRIPTS = build/$(SINGLE).txt build/$(MULTI).txt build/$(BUSY).txt \
 	build/$(KQUEUE).txt
 
@@ -31,16 +36,15 @@ help:
 	@echo 'make clean        remove all that was made (build/)'
 	@echo
 	@echo 'PYTHON= chooses the interpreter:  make demo PYTHON=pypy3'
+	@echo 'More clients that think for longer, and wait for longer than 30 s:'
+	@echo '  make demo-kqueue CONNECTIONS=1000 REQUESTS=4 THINK=0.5 TIMEOUT=60'
 
 demo:
-	@$(DEMO) \
-	  --server $(SINGLE).py --transcript build/$(SINGLE).txt \
-	  --server $(MULTI).py --transcript build/$(MULTI).txt \
-	  --server $(BUSY).py --transcript build/$(BUSY).txt \
-	  --server $(KQUEUE).py --transcript build/$(KQUEUE).txt
+	@$(DEMO) --server $(SINGLE).py --server $(MULTI).py \
+	  --server $(BUSY).py --server $(KQUEUE).py
 
 compare:
-	@$(DEMO) --compare $(SERVERS)
+	@$(PYTHON) tests/bench/compare.py
 
 scale:
 	@$(PYTHON) tests/bench/scale.py
@@ -52,40 +56,42 @@ syscalls:
 	@$(PYTHON) tests/bench/syscalls.py
 
 pictures:
-	@$(DEMO) $(SERVERS) --svg build/demo.svg
+	@$(PYTHON) tests/bench/pictures.py $(CLIENTS) --svg build/demo.svg
 	@$(PYTHON) tests/bench/scale.py --svg build/scale.svg
-	@echo 'See build/demo.svg and build/scale.svg.'
 
 demo-single:
-	@$(DEMO) --server $(SINGLE).py --transcript build/$(SINGLE).txt
+	@$(DEMO) --server $(SINGLE).py
 
 demo-multi:
-	@$(DEMO) --server $(MULTI).py --transcript build/$(MULTI).txt
+	@$(DEMO) --server $(MULTI).py
 
 demo-busy:
-	@$(DEMO) --server $(BUSY).py --transcript build/$(BUSY).txt
+	@$(DEMO) --server $(BUSY).py
 
 demo-kqueue:
-	@$(DEMO) --server $(KQUEUE).py --transcript build/$(KQUEUE).txt
+	@$(DEMO) --server $(KQUEUE).py
 
-# A transcript is made anew when the server or the client has changed.
+# A transcript is made anew when the server or the client has changed. It is
+# always that of the same clients, else it would differ for no good reason.
 build/$(SINGLE).txt: $(SINGLE).py client.py
-	@$(DEMO) --server $(SINGLE).py --transcript $@
+	@$(PYTHON) client.py --server $(SINGLE).py --transcript $@
 
 build/$(MULTI).txt: $(MULTI).py client.py
-	@$(DEMO) --server $(MULTI).py --transcript $@
+	@$(PYTHON) client.py --server $(MULTI).py --transcript $@
 
 build/$(BUSY).txt: $(BUSY).py client.py
-	@$(DEMO) --server $(BUSY).py --transcript $@
+	@$(PYTHON) client.py --server $(BUSY).py --transcript $@
 
 build/$(KQUEUE).txt: $(KQUEUE).py client.py
-	@$(DEMO) --server $(KQUEUE).py --transcript $@
+	@$(PYTHON) client.py --server $(KQUEUE).py --transcript $@
 
 diff: $(TRANSCRIPTS)
 	diff build/$(SINGLE).txt build/$(MULTI).txt
 	diff build/$(SINGLE).txt build/$(BUSY).txt
 	diff build/$(SINGLE).txt build/$(KQUEUE).txt
-	@echo 'No difference: all four servers gave the same replies.'
+	@echo 'No difference: all four servers gave the same reply to each request.'
+	@echo 'Compared are the replies to SET and GET. What INCR replies depends on'
+	@echo 'whose turn it is, so of these only that each number came once.'
 
 # A virtual environment for each interpreter, made when it is first needed.
 VERSION = import platform as p; print(p.python_implementation(), p.python_version(), sep="-")

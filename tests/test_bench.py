@@ -1,4 +1,4 @@
-"""The benches run, at a small size; what they measure is not judged here."""
+"""The tools of tests/bench run, at a small size; figures are not judged."""
 
 import os
 import re
@@ -6,82 +6,116 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from conftest import HERE, needs_proc
 
-BENCH = HERE / "bench"
+HERE = Path(__file__).resolve().parent
 LIMIT = 120  # seconds, on a loaded machine
+SINGLE, KQUEUE = "1_single_blocking.py", "4_kqueue_loop.py"
+SVG = "{http://www.w3.org/2000/svg}"
 
 
-def run(script, *options, path=None):
-    """Run a bench to its end; return its status, stdout and stderr."""
-    env = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-    if path is not None:
-        env["PATH"] = path
+def run(folder, script, *options, **env):
+    """Run a tool in a folder; return its status, stdout and stderr."""
     result = subprocess.run(
-        [sys.executable, str(BENCH / script), *map(str, options)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        [sys.executable, str(HERE / "bench" / script), *options],
+        capture_output=True,
+        encoding="utf-8",
         timeout=LIMIT,
-        env=env,
+        cwd=folder,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **env},
     )
-    out, err = result.stdout.decode(), result.stderr.decode()
-    assert "Traceback" not in err, err
-    assert all(len(line) <= 79 for line in out.splitlines()), out
-    return result.returncode, out, err
+    assert "Traceback" not in result.stderr, result.stderr
+    assert all(len(line) <= 79 for line in result.stdout.splitlines())
+    return result.returncode, result.stdout, result.stderr
 
 
-def test_bench():
-    """redis-benchmark measures all servers, and the loop has the ratio 1."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pictures")
+
+
+@pytest.fixture(scope="module")
+def tools(folder):
+    """All tools, run at the same time: they spend most of it waiting."""
+    servers = [f"--server={HERE.parent / name}" for name in (SINGLE, KQUEUE)]
+    with ThreadPoolExecutor() as pool:
+        runs = {
+            tool: pool.submit(run, folder, f"{tool}.py", *options)
+            for tool, options in [
+                ("compare", servers),
+                ("pictures", ["--svg", "demo.svg"]),
+                ("scale", "--most 20 --seconds 0.1 --svg scale.svg".split()),
+                ("bench", "--rounds 1 --requests 300 --only k --only P".split()),
+                ("syscalls", []),
+            ]
+        }
+    return {name: future.result() for name, future in runs.items()}
+
+
+def test_compare(tools):
+    """Who is held up and who is not; what the figures of a crowd count."""
+    status, out, err = tools["compare"]
+    assert status == 0 and err == "", err
+    assert re.search(r"another's PING +must wait +\d+ ms\n", out), out
+    assert re.search(r"another's PING then +must wait +\d+ ms\n", out), out
+    assert re.search(r"threads meanwhile +1 +2\n", out), out
+    assert re.search(r"after +only 1 of 500 +\d+ ms\n", out), out
+
+
+@pytest.mark.parametrize("name", ["demo", "scale"])
+def test_pictures(tools, folder, name):
+    """The pictures are XML, their text is text, and they hold no script."""
+    status, out, err = tools["pictures" if name == "demo" else "scale"]
+    assert status == 0 and f"{name}.svg" in out, err
+    root = ElementTree.parse(folder / f"{name}.svg").getroot()
+    texts = [element.text for element in root.iter(f"{SVG}text")]
+    assert not list(root.iter(f"{SVG}script"))
+    if name == "scale":
+        assert "4 kqueue loop" in texts and "connections" in texts
+        assert "requests/s, all active" in out and "4 kqueue loop" in out
+        return
+    assert f"{KQUEUE}: " in " ".join(texts)
+    bars = [element.get("class") for element in root.iter(f"{SVG}rect")]
+    # Of each client of each server, and one more in the legend.
+    assert bars.count("talks") == 4 * 8 + 1
+    assert bars.count("waits") == 4 * 8 * 4 + 1
+
+
+def test_bench(tools):
+    """The loop and its comparison are measured; the loop has the ratio 1."""
     if not shutil.which("redis-benchmark"):
         pytest.skip("redis-benchmark is not installed")
-    status, out, err = run("bench.py", "--rounds", 1, "--requests", 300)
+    status, out, err = tools["bench"]
     assert status == 0, err
-    for name in "1 single", "2 multi", "3 busy", "asyncio.Protocol":
-        assert name in out
     loop = re.findall(r"^4 kqueue loop .*$", out, re.M)
     assert len(loop) == 2 and all("1.00" in line for line in loop)
+    assert len(re.findall(r"^asyncio.Protocol .*\d$", out, re.M)) == 2
+
+
+def test_syscalls(tools):
+    """Each pattern's fingerprint: what only it calls, and what it never does."""
+    status, out, err = tools["syscalls"]
+    if status and ("strace" in err or "Linux" in err):
+        pytest.skip(err)
+    assert status == 0, err
+
+    def row(name):
+        cells = re.search(rf"^ *{name}  +(.*)$", out, re.M)[1].split()
+        return [int(cell.replace(",", "").replace("-", "0")) for cell in cells]
+
+    assert row("send") == [20, 20, 20, 20]
+    assert row("clone")[:3] == [0, 4, 0]
+    assert row("epoll_wait")[:3] == [0, 0, 0] and row("epoll_wait")[3] > 0
+    in_vain = row(r"recv .*\n +EAGAIN")
+    assert in_vain[2] > 0 and in_vain[0] == in_vain[1] == in_vain[3] == 0
 
 
 @pytest.mark.parametrize("script", ["bench.py", "syscalls.py"])
 def test_missing_tool(script, tmp_path):
     """Without its tool, it says in one sentence how to get it, and fails."""
-    status, out, err = run(script, path=str(tmp_path))
-    assert status != 0 and err.count("\n") == 1, err
-    # Where there is no strace to be had at all, it says so.
+    status, _, err = run(tmp_path, script, PATH=str(tmp_path))
+    assert status == 1 and err.count("\n") == 1, err
     assert "install" in err or "Linux" in err
-
-
-def test_scale(tmp_path):
-    """The plot is drawn, as text and as SVG."""
-    svg = tmp_path / "scale.svg"
-    options = "--most", 20, "--seconds", 0.1, "--svg", svg
-    status, out, err = run("scale.py", *options)
-    assert status == 0, err
-    assert "requests/s, all active" in out and "4 kqueue loop" in out
-    root = ElementTree.parse(svg).getroot()
-    texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert "4 kqueue loop" in texts and "connections" in texts
-
-
-@needs_proc
-def test_syscalls():
-    """Each pattern's fingerprint: what only it calls, and what it never does."""
-    if not shutil.which("strace"):
-        pytest.skip("strace is not installed")
-    status, out, err = run("syscalls.py")
-    if status and "not permitted" in err:
-        pytest.skip("strace is not permitted here")
-    assert status == 0, err
-
-    def row(name):
-        line = re.search(rf"^ *{name}  +(.*)$", out, re.M)[1]
-        return [int(n.replace(",", "")) if n != "-" else 0 for n in line.split()]
-
-    assert row("send") == [20, 20, 20, 20]
-    assert row("clone")[1] == 4 and row("clone")[0] == row("clone")[2] == 0
-    assert row("epoll_wait")[:3] == [0, 0, 0] and row("epoll_wait")[3] > 0
-    empty = re.findall(r"^ *EAGAIN  +(.*)$", out, re.M)[1].split()  # of recv
-    assert empty[0] == empty[1] == empty[3] == "-" and empty[2] != "-"

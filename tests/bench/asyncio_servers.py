@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The same application on asyncio, twice: to compare the event loop with.
+"""The same application on asyncio, twice: what `make bench` compares with.
 
 streams    asyncio's readers and writers, a coroutine for each connection
 protocol   asyncio.Protocol, whose methods the loop calls
@@ -129,17 +129,14 @@ async def serve_protocol(new_conversation, tally, address):
 
 async def serve(options):
     """Serve, until SIGINT or SIGTERM comes."""
-    store = application.KeyValueStore()
     tally = Tally(f"{options.loop} {options.kind}")
-    store.figures = lambda: application.figures(tally)
+    application.Conversation.server = tally  # whose figures INFO tells
     stop = asyncio.Event()
     for number in signal.SIGINT, signal.SIGTERM:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     kinds = {"streams": serve_streams, "protocol": serve_protocol}
     server = await kinds[options.kind](
-        lambda: application.Conversation(store),
-        tally,
-        (options.host, options.port),
+        application.Conversation, tally, (options.host, options.port)
     )
     host, port = server.sockets[0].getsockname()[:2]
     print(f"{tally.pattern}: listening on {host}:{port}", flush=True)
@@ -166,7 +163,6 @@ def main():
             run = uvloop.run
         else:  # before 0.18
             uvloop.install()
-    application.raise_descriptor_limit()
     try:
         run(serve(options))
     except (OSError, OverflowError) as error:

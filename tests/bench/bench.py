@@ -24,14 +24,12 @@ from harness import (
     SCRIPTS,
     TIMEOUT,
     Failed,
-    running,
-    ask,
-    ask_info,
-    connect,
+    Line,
     cpu_time,
     machine,
     progress,
     run,
+    running,
     start,
 )
 
@@ -72,7 +70,7 @@ class Redis:
         end = time.monotonic() + TIMEOUT
         while time.monotonic() < end and self.process.poll() is None:
             with contextlib.suppress(OSError):
-                connect(self).close()
+                Line(self).close()
                 return self
             time.sleep(0.02)
         self.__exit__()
@@ -120,8 +118,9 @@ def measure(server, connections, in_flight, options):
 
 def cpu_used(server):
     # On a connection of its own: server 1 serves nobody else meanwhile.
-    with connect(server) as connection:
-        return cpu_time(ask_info(connection))
+    with Line(server) as line:
+        info = line.info()
+    return cpu_time(info)
 
 
 def redis_benchmark(server, connections, in_flight, requests, command):
@@ -156,14 +155,14 @@ def measure_all(starters, options):
             progress(f"round {number} of {options.rounds}: {name}")
             # It runs only now: an idle busy wait would disturb the others.
             with starter() as server:
-                with connect(server) as connection:
-                    ask(connection, "SET", KEY, "xxx")
+                with Line(server) as line:
+                    line.ask("SET", KEY, "xxx")
                 for mode in MODES:
                     if name == SINGLE and mode[0] > 1:
                         continue
                     figures = measure(server, *mode, options)
                     results[mode].setdefault(name, []).append(figures)
-    progress("")
+    progress()
     return results
 
 

@@ -1,24 +1,35 @@
-"""What the benches share: to start a server, to ask it, to end tidily."""
+"""What the tools share: starting a server, asking it, ending tidily.
+
+Each tool beside it is one make target: compare, pictures, scale, bench,
+syscalls. What client.py has as well is taken from there.
+"""
 
 import contextlib
 import os
 import platform
 import signal
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from client import (  # noqa: E402, F401
+    MAX_REPLY,
+    Crowd,
     Failed,
     Server,
-    cpu_time,
     encode,
+    figure,
     glyphs,
     parse_info,
     raise_descriptor_limit,
+    results,
+    sample,
+    table,
     write,
 )
 
@@ -32,10 +43,7 @@ LOOP = "4 kqueue loop"
 TIMEOUT = 20  # seconds for a server to start in, to stop in, to answer in
 
 
-def running(*command):
-    """Return a server that a whole command starts, for a `with` statement."""
-    script = next(word for word in command if word.endswith(".py"))
-    return Server(script, TIMEOUT, command)
+# ---- Servers ----------------------------------------------------------------
 
 
 def start(name):
@@ -43,26 +51,83 @@ def start(name):
     return Server(os.path.relpath(ROOT / SCRIPTS[name]), TIMEOUT)
 
 
-def connect(server):
-    """Open a connection to a server."""
-    return socket.create_connection((server.host, server.port), TIMEOUT)
+def running(*command):
+    """Return a server that a whole command starts, for a `with` statement."""
+    script = next(word for word in command if word.endswith(".py"))
+    return Server(script, TIMEOUT, command)
 
 
-def ask(connection, *words):
-    """Send a request; return its reply, as the bytes that came."""
-    connection.sendall(encode(*words))
-    with connection.makefile("rb") as stream:
-        reply = stream.readline()
-        if reply[:1] == b"$" and reply != b"$-1\r\n":
-            reply += stream.read(int(reply[1:]) + 2)
-    if not reply.endswith(b"\r\n"):
-        raise Failed("the server closed a connection and owed it a reply")
-    return reply
+class Line:
+    """A connection to a server, for one question at a time.
+
+    It waits for `patience` seconds, for the connection and for each reply:
+    then socket.timeout is raised. Other OSErrors come through, too.
+    """
+
+    def __init__(self, server, patience=TIMEOUT):
+        address = server.host, server.port
+        self.socket = socket.create_connection(address, patience)
+        self.replies = self.socket.makefile("rb")
+        self.asked = 0.0  # when, by time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def close(self):
+        self.replies.close()
+        self.socket.close()
+
+    def send(self, *words):
+        """Ask, and do not wait for the reply."""
+        self.asked = time.monotonic()
+        self.socket.sendall(encode(*words))
+
+    def reply(self):
+        """Return the next reply, as the bytes that came."""
+        reply = self.replies.readline(MAX_REPLY)
+        if reply[:1] == b"$" and reply[1:-2].isdigit():
+            size = int(reply[1:-2][:9]) + 2
+            if size > MAX_REPLY:
+                raise Failed(f"a reply is too long: {reply[:40]!a}")
+            reply += self.replies.read(size)
+        if not reply.endswith(b"\r\n"):
+            raise Failed("a server closed a connection and owed it a reply")
+        return reply
+
+    def ask(self, *words):
+        """Send a request, and return its reply."""
+        self.send(*words)
+        return self.reply()
+
+    def info(self):
+        """Return what the server says of itself, as {name: text}."""
+        return parse_info(self.ask("INFO"))
 
 
-def ask_info(connection):
-    """Return what a server says of itself, as {name: text}."""
-    return parse_info(ask(connection, "INFO"))
+def cpu_time(info):
+    """Return the seconds of CPU time that a server says it has used."""
+    return figure(info, "used_cpu_user", "used_cpu_sys")
+
+
+def memory(info):
+    """Return the bytes of memory that the process behind an INFO takes now.
+
+    Returns None where nobody can tell.
+    """
+    pid = f"{figure(info, 'process_id'):.0f}"
+    with contextlib.suppress(OSError, IndexError):  # on Linux
+        with open(f"/proc/{pid}/status") as status:
+            return int(status.read().split("VmRSS:")[1].split()[0]) * 1024
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+        command = ["ps", "-o", "rss=", "-p", pid]
+        return int(subprocess.check_output(command)) * 1024
+    return None
+
+
+# ---- A tool's frame ---------------------------------------------------------
 
 
 def machine():
@@ -73,28 +138,22 @@ def machine():
     )
 
 
-def progress(text):
+def progress(text=""):
     """Show how far it is, on one line, if somebody is watching."""
     if sys.stderr.isatty():
         print(f"\r{text:78.78}", end="\r", file=sys.stderr, flush=True)
 
 
 def run(main):
-    """Run a bench. What goes wrong is one sentence, and no server stays."""
+    """Run a tool. What goes wrong is one sentence, and no server stays."""
     name = os.path.basename(sys.argv[0])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         main()
-    except Failed as failure:
-        progress("")
-        sys.exit(f"{name}: {failure}")
-    except OSError as error:
-        progress("")
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        if isinstance(error, BrokenPipeError):  # our reader may have gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (Failed, OSError, OverflowError) as error:
+        progress()
         sys.exit(f"{name}: {error}")
-    except KeyboardInterrupt:
-        progress("")
-        sys.exit(130)

@@ -15,27 +15,26 @@ import math
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import textwrap
 import time
-from xml.sax.saxutils import escape
 
 from harness import (
     SCRIPTS,
     Failed,
-    ask_info,
-    connect,
+    Line,
     cpu_time,
     encode,
     glyphs,
     machine,
+    memory,
     progress,
     raise_descriptor_limit,
     run,
     start,
     write,
 )
+from svg import Picture
 
 SIZES = [1, 10, 100, 1000, 10000]
 ACTIVE = 10  # connections, when the rest of the crowd is silent
@@ -113,9 +112,9 @@ class Crowd:
         them, and the kernel drops some: on Linux without a word.
         """
         for _ in range(min(BATCH, size - len(self.connections))):
-            batch.append(connect(self.server))
+            batch.append(Line(self.server))
             # For the kernel to wait in recv, and not Python in poll().
-            batch[-1].setblocking(True)
+            batch[-1].socket.setblocking(True)
         self.play_round(batch)
 
     def measure(self, active):
@@ -126,7 +125,7 @@ class Crowd:
         """
         step = len(self.connections) // active
         talking = self.connections[::step][:active]
-        info = ask_info(talking[0])
+        info = talking[0].info()
         before = cpu_time(info)
         self.answered, begin = 0, time.monotonic()
         try:
@@ -136,18 +135,17 @@ class Crowd:
         except TimeUp:
             self.answered += self.count_replies(talking)
             rate = self.answered / (time.monotonic() - begin)
-            return Point(rate, None, memory(info["process_id"]))
+            return Point(rate, None, mebibytes(info))
         rate = self.answered / (time.monotonic() - begin)
-        cpu = cpu_time(ask_info(talking[0])) - before
-        size = memory(info["process_id"])
-        return Point(rate, cpu / self.answered * 1e6, size)
+        cpu = cpu_time(talking[0].info()) - before
+        return Point(rate, cpu / self.answered * 1e6, mebibytes(info))
 
     def play_round(self, connections):
         """Send a request on each connection, then read all the replies."""
         for connection in connections:
-            connection.send(PING)
+            connection.socket.send(PING)
         for connection in connections:
-            if connection.recv(64) != PONG:
+            if connection.socket.recv(64) != PONG:
                 raise Failed("a server gave another reply than PONG, or none")
             self.answered += 1
 
@@ -156,19 +154,15 @@ class Crowd:
         count = 0
         for connection in connections:
             with contextlib.suppress(BlockingIOError):
-                count += bool(connection.recv(64, socket.MSG_DONTWAIT))
+                reply = connection.socket.recv(64, socket.MSG_DONTWAIT)
+                count += bool(reply)
         return count
 
 
-def memory(process_id):
-    """Return the memory, in MiB, that a process takes by now."""
-    try:
-        with open(f"/proc/{process_id}/status") as status:
-            text = status.read().partition("VmRSS:")[2]
-    except OSError:  # macOS and the BSDs have no such file
-        command = ["ps", "-o", "rss=", "-p", process_id]
-        text = subprocess.check_output(command, universal_newlines=True)
-    return int(text.split()[0]) / 1024
+def mebibytes(info):
+    """Return the memory that a server takes now, or None."""
+    size = memory(info)
+    return size and size / 2**20
 
 
 def measure_server(name, sizes, seconds, results, notes):
@@ -220,17 +214,17 @@ def measure_size(name, crowd, results):
 
 def affordable(most):
     """Return the sizes to try, and a note if descriptors forbid some."""
-    raise_descriptor_limit(SPARE)
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    room = most if soft == resource.RLIM_INFINITY else soft - SPARE
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    room = most if hard == resource.RLIM_INFINITY else hard - SPARE
     wanted = [size for size in SIZES if size < most] + [most]
     sizes = [size for size in wanted if size <= room]
+    if sizes != wanted and (not sizes or room >= 2 * sizes[-1]):
+        sizes.append(room)
+    raise_descriptor_limit(sizes[-1] + SPARE)
     if sizes == wanted:
         return sizes, []
-    if not sizes or room >= 2 * sizes[-1]:
-        sizes.append(room)
     return sizes, [
-        f"all: stopped at {sizes[-1]:,} connections: only {soft:,} open files"
+        f"all: stopped at {sizes[-1]:,} connections: only {hard:,} open files"
         " are allowed here (see ulimit -n)"
     ]
 
@@ -396,131 +390,65 @@ def legend():
 
 # ---- The picture ------------------------------------------------------------
 
-# Okabe and Ito's palette, which colour-blind people can tell apart. A shape
-# for each server says the same once more.
-STYLE = """
-  svg { background: #ffffff; font-family: system-ui, sans-serif; }
-  text { fill: #1f2328; font-size: 12px; }
-  .title { font-size: 13px; font-weight: 600; }
-  .head { font-size: 17px; font-weight: 600; }
-  .tick { fill: #59636e; font-size: 11px; }
-  .grid { stroke: #d1d9e0; stroke-width: 1; }
-  .curve { fill: none; stroke-width: 2; }
-  .s2 { stroke: #0072b2; } .s2.dot { fill: #0072b2; }
-  .s3 { stroke: #d55e00; } .s3.dot { fill: #d55e00; }
-  .s4 { stroke: #00805e; } .s4.dot { fill: #00805e; }
-  @media (prefers-color-scheme: dark) {
-    svg { background: #0d1117; }
-    text { fill: #f0f6fc; }
-    .tick { fill: #9198a1; }
-    .grid { stroke: #3d444d; }
-    .s2 { stroke: #56b4e9; } .s2.dot { fill: #56b4e9; }
-    .s3 { stroke: #ff9440; } .s3.dot { fill: #ff9440; }
-    .s4 { stroke: #2dc99d; } .s4.dot { fill: #2dc99d; }
-  }
-"""
-PANEL = 440, 250  # with its title and the texts beside the axes
+PANEL = 440, 250  # pixels, with its title and the texts beside the axes
 PLOT = 360, 170
 
 
-def svg(results):
-    """Return the same plots as an SVG picture, as lines of text."""
-    rows = panels(results)
-    width, height = 2 * PANEL[0] + 20, len(rows) * PANEL[1] + 60
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}"'
-        f' height="{height}" viewBox="0 0 {width} {height}" role="img"'
-        ' aria-labelledby="title">',
-        f"<style>{STYLE}</style>",
-        '<title id="title">What a growing crowd costs each server</title>',
-        svg_text(20, 28, "What a growing crowd costs", "head"),
-        svg_text(20, 46, machine(), "tick"),
-    ]
-    for line, row in enumerate(rows):
-        top = 60 + line * PANEL[1]
-        for column, panel in enumerate(row):
-            left = 10 + column * PANEL[0]
-            lines.append(f'<g transform="translate({left} {top})">')
-            lines += svg_panel(*panel, spans(row))
-            lines.append("</g>")
+def picture(results):
+    """Return the same plots as a Picture."""
+    page = Picture("What a growing crowd costs each server", 2 * PANEL[0] + 20)
+    page.text(20, 28, "What a growing crowd costs", "head")
+    page.text(20, 46, machine(), "tick")
+    top = 60
+    for row in panels(results):
+        for number, panel in enumerate(row):
+            draw_plot(page, 65 + number * PANEL[0], top, *panel, spans(row))
         if len(row) == 1:
-            lines.append(f'<g transform="translate({10 + PANEL[0]} {top})">')
-            lines += svg_legend()
-            lines.append("</g>")
-    return lines + ["</svg>"]
+            draw_legend(page, 65 + PANEL[0], top + 60)
+        top += PANEL[1]
+    return page
 
 
-def svg_panel(title, curves, ends):
-    """Return one plot, in a system of coordinates of its own."""
-    left, top = 55, 32
+def draw_plot(page, left, top, title, curves, ends):
+    """Draw one plot below `top`, its axes beginning at `left`."""
+    top += 32
     right, bottom = left + PLOT[0], top + PLOT[1]
 
     def spot(x, y):
         x = left + place(x, ends[0]) * PLOT[0]
-        return round(x, 1), round(bottom - place(y, ends[1]) * PLOT[1], 1)
+        return x, bottom - place(y, ends[1]) * PLOT[1]
 
-    lines = [svg_text(left, 18, title, "title")]
+    page.text(left, top - 14, title, "title")
     for y in sorted({*decades(ends[1]), *ends[1]}):
         at = spot(1, y)[1]
-        lines.append(svg_grid(left, at, right, at))
-        lines.append(svg_text(left - 8, at + 4, short(y), "tick", "end"))
+        page.grid(left, at, right, at)
+        page.text(left - 8, at + 4, short(y), "tick", "end")
     for x in decades(ends[0]):
         at = spot(x, ends[1][0])[0]
-        lines.append(svg_grid(at, top, at, bottom))
-        lines.append(svg_text(at, bottom + 17, short(x), "tick", "middle"))
+        page.grid(at, top, at, bottom)
+        page.text(at, bottom + 17, short(x), "tick", "middle")
     middle = left + PLOT[0] / 2
-    lines.append(
-        svg_text(middle, bottom + 33, "connections", "tick", "middle")
-    )
+    page.text(middle, bottom + 33, "connections", "tick", "middle")
     for name, dots in curves:
         spots = [spot(*dot) for dot in dots]
-        path = " ".join(f"{x},{y}" for x, y in spots)
-        lines.append(f'<polyline class="curve s{name[0]}" points="{path}"/>')
-        lines += [svg_dot(name, x, y) for x, y in spots]
-    return lines
+        page.curve(f"s{name[0]}", spots)
+        for x, y in spots:
+            page.dot(f"s{name[0]}", x, y)
 
 
-def svg_grid(left, top, right, bottom):
-    ends = f'x1="{left}" y1="{top}" x2="{right}" y2="{bottom}"'
-    return f'<line class="grid" {ends}/>'
-
-
-def svg_dot(name, x, y):
-    """Return the mark of a server: a square, a triangle, a circle."""
-    shapes = {
-        "2": f'rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9"',
-        "3": f'path d="M{x:.1f} {y - 6:.1f} l6 10.5 h-12 z"',
-        "4": f'circle cx="{x:.1f}" cy="{y:.1f}" r="5"',
-    }
-    return f'<{shapes[name[0]]} class="dot s{name[0]}"/>'
-
-
-def svg_legend():
-    lines = []
-    for line, name in enumerate(NAMES):
-        y = 60 + line * 28
-        lines.append(
-            f'<line class="curve s{name[0]}" x1="55" x2="95"'
-            f' y1="{y}" y2="{y}"/>'
-        )
-        lines.append(svg_dot(name, 75, y))
-        lines.append(svg_text(105, y + 4, name))
-    for line, text in enumerate(
-        [
-            "One PING on each active connection,",
-            "then all the replies; and again.",
-            "Both axes are logarithmic.",
-        ]
-    ):
-        lines.append(svg_text(55, 150 + line * 17, text, "tick"))
-    return lines
-
-
-def svg_text(x, y, text, kind="", anchor="start"):
-    return (
-        f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{anchor}">'
-        f"{escape(text)}</text>"
-    )
+def draw_legend(page, left, top):
+    for name in NAMES:
+        page.curve(f"s{name[0]}", [(left, top), (left + 40, top)])
+        page.dot(f"s{name[0]}", left + 20, top)
+        page.text(left + 50, top + 4, name)
+        top += 28
+    for words in [
+        "One PING on each active connection,",
+        "then all the replies; and again.",
+        "Both axes are logarithmic.",
+    ]:
+        page.text(left, top + 6, words, "tick")
+        top += 17
 
 
 # ---- The command line -------------------------------------------------------
@@ -552,7 +480,7 @@ def main():
     results = {(name, every): {} for name in NAMES for every in (True, False)}
     for name in NAMES:
         measure_server(name, sizes, options.seconds, results, notes)
-    progress("")
+    progress()
     print(machine())
     print("One PING on each active connection, then all the replies; again.\n")
     if all(results.values()):
@@ -561,7 +489,7 @@ def main():
     for note in notes:
         print(textwrap.fill(note, 79, subsequent_indent="  "))
     if options.svg:
-        write(options.svg, [line + "\n" for line in svg(results)])
+        write(options.svg, picture(results).lines())
         print(f"The picture is in {options.svg}.")
 
 

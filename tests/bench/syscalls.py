@@ -21,12 +21,11 @@ from harness import (
     SCRIPTS,
     TIMEOUT,
     Failed,
-    running,
-    ask,
-    connect,
+    Line,
     machine,
     progress,
     run,
+    running,
 )
 
 CLIENTS = 4
@@ -88,18 +87,18 @@ def converse(server):
     if server.script.endswith(SCRIPTS["1 single blocking"]):
         # It would not answer the second before the first has left.
         for _ in range(CLIENTS):
-            with connect(server) as connection:
+            with Line(server) as line:
                 for _ in range(PINGS):
-                    ask(connection, "PING")
+                    line.ask("PING")
                     time.sleep(THINK)
         return
-    connections = [connect(server) for _ in range(CLIENTS)]
+    lines = [Line(server) for _ in range(CLIENTS)]
     for _ in range(PINGS):
-        for connection in connections:
-            ask(connection, "PING")
+        for line in lines:
+            line.ask("PING")
         time.sleep(THINK)
-    for connection in connections:
-        connection.close()
+    for line in lines:
+        line.close()
 
 
 def trace(name, log):
@@ -183,7 +182,7 @@ def main():
             progress(f"strace: {name}")
             log = os.path.join(folder, "calls.txt")
             results[name] = count(log, *trace(name, log))
-    progress("")
+    progress()
     print(machine())
     print(
         f"{CLIENTS} clients connect, send {PINGS} PINGs each,"

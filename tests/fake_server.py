@@ -1,0 +1,71 @@
+"""A server in threads of a test, which replies as it is told to."""
+
+import contextlib
+import socket
+import struct
+import threading
+
+
+def start(reply, stack):
+    """Start a server, and return its port; `stack` will close it.
+
+    `reply` gets a request, its words, and returns the reply: bytes, or an
+    iterator of bytes; None closes the connection. No `reply`: all are reset.
+    """
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2000)
+    stack.enter_context(listener)
+    args = listener, reply
+    threading.Thread(target=accept, args=args, daemon=True).start()
+    return listener.getsockname()[1]
+
+
+def accept(listener, reply):
+    with contextlib.suppress(OSError):  # the test is over
+        while True:
+            sock = listener.accept()[0]
+            if reply:
+                args = sock, reply
+                threading.Thread(target=serve, args=args, daemon=True).start()
+                continue
+            linger = struct.pack("ii", 1, 0)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            sock.close()
+
+
+def serve(sock, reply):
+    """Serve one client of a fake server."""
+    with contextlib.suppress(OSError), sock, sock.makefile("rb") as lines:
+        for count in lines:
+            words = []
+            for _ in range(int(count[1:])):
+                size = int(lines.readline()[1:])
+                words.append(lines.read(size + 2)[:-2])
+            parts = reply(words)
+            if parts is None:
+                return
+            for part in [parts] if isinstance(parts, bytes) else parts:
+                sock.sendall(part)
+
+
+values, counts, lock = {}, {}, threading.Lock()
+
+
+def right(words):
+    """Reply as a right server would."""
+    command, *words = words
+    with lock:
+        if command == b"SET":
+            values[words[0]] = words[1]
+            return b"+OK\r\n"
+        if command == b"GET":
+            value = values.get(words[0], b"")
+            return b"$%d\r\n%b\r\n" % (len(value), value)
+        if command == b"INFO":
+            return b"-ERR unknown command\r\n"
+        counts[words[0]] = counts.get(words[0], 0) + (command == b"INCR")
+        return b":%d\r\n" % counts[words[0]]
+
+
+def spoiled(command, wrong):
+    """Return a function that replies rightly, but to one command."""
+    return lambda words: wrong if words[0] == command else right(words)
