@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 from harness import (
     SCRIPTS,
@@ -33,17 +32,15 @@ from harness import (
     Failed,
     Server,
     encode,
-    glyphs,
     machine,
     progress,
     run,
-    sample,
     write,
 )
+from lanes import MARGIN, drawing, legend, svg
 
-WIDTH = 79  # columns
-MARGIN = 10  # of these, for names
 RECORDER = Path(__file__).with_name("recorder.py")
+LEAST = 0.0005  # of the time; what is less is not worth a word
 QUIET = 0.6  # seconds that the quiet client stays
 HALF = encode("PING")[:-4]
 CALLS = ["accept", "recv", "send", "queue", "sleep", "lock"]
@@ -137,6 +134,8 @@ class Trace:
         # A thread that ended before the scene, or began after it, is not seen.
         self.lanes = [lane for lane in lanes if lane.begin < lane.end]
         self.lanes.sort(key=lambda lane: (not lane.main, lane.begin))
+        for number, lane in enumerate(self.lanes, 1):
+            lane.label = "main" if lane.main else f"thread {number}"
 
     def shares(self):
         """Return {state: its part of the threads' time}, from 0 to 1.
@@ -160,6 +159,16 @@ class Trace:
                 calls.update(call.vain if call.state == "poll" else [call.state])
                 vain.update(call.vain)
         return calls, vain
+
+    def in_words(self):
+        """Return where the threads' time went, in one line."""
+        shares, (calls, vain) = self.shares(), self.calls()
+        parts = []
+        for state in sorted(STATES, key=shares.get, reverse=True):
+            if shares[state] >= LEAST:
+                parts.append(f"{state} {shares[state]:.1%}")
+        total, failed = sum(calls.values()), sum(vain.values())
+        return f"{', '.join(parts)}; {total:,} calls, {failed:,} in vain"
 
 
 class Lane:
@@ -217,7 +226,7 @@ class Lane:
         if "poll" in states:
             return "polls everybody in turn"
         if states <= {"lock"}:
-            return "waits for the other thread"
+            return "waits for another thread"
         if len(clients) == 1 and "accept" not in states:
             return f"serves client {min(clients)}"
         if clients:
@@ -272,131 +281,7 @@ def trace(script, scene, options):
     return Trace(script, crowd, untraced, record)
 
 
-# ---- Drawing ----------------------------------------------------------------
-
-SIGNS = {  # of the terminal; with recv it is the client's number
-    "accept": "a",
-    "recv": "r",
-    "send": "s",
-    "queue": "q",
-    "sleep": "z",
-    "lock": "-",
-    "poll": "\u2592",
-    "running": "\u2588",
-    "moment": "\u2502",
-}
-PLAIN = {"poll": "%", "running": "#", "moment": "|"}  # without Unicode
-COLORS = {  # as a terminal numbers them
-    "accept": 36,
-    "recv": 94,
-    "send": 95,
-    "queue": 32,
-    "sleep": 33,
-    "lock": 90,
-    "poll": 31,
-}
-
-
-class Pen:
-    """Draws on stdout what it can show: signs and, on a terminal, colours."""
-
-    def __init__(self):
-        self.waiting, self.talking = glyphs()
-        self.signs = dict(SIGNS)
-        if self.talking == "#":
-            self.signs.update(PLAIN)
-        dull = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-        self.colored = sys.stdout.isatty() and not dull
-
-    def sign(self, state, client=None):
-        """Return the sign of a state; with recv, that of the client."""
-        text = self.signs[state]
-        if state == "recv" and client:
-            text = str(client % 10)  # its last digit: there is one column
-        if self.colored and state in COLORS:
-            text = f"\x1b[{COLORS[state]}m{text}\x1b[0m"
-        return text
-
-    def lane(self, lane, scale, columns):
-        """Return a lane as a text of so many columns at most."""
-        step = scale / columns
-        row = []
-        spans = lane.spans()
-        first = 0  # of the spans that reach into the column
-        for column in range(columns):
-            begin, end = column * step, (column + 1) * step
-            while first < len(spans) and spans[first].end <= begin:
-                first += 1
-            here = collections.Counter()
-            for span in spans[first:]:
-                if span.begin >= end:
-                    break
-                inside = min(end, span.end) - max(begin, span.begin)
-                here[span.state, span.client] += inside
-            row.append(self.column(here))
-        return "".join(row).rstrip()
-
-    def column(self, here):
-        """Return the sign for a column; `here` is the time in each state."""
-        if not here:
-            return " "
-        (state, client), _ = here.most_common(1)[0]
-        # Work that is too short for a column is to be seen all the same.
-        if state != "running" and "running" in {other for other, _ in here}:
-            return self.sign("moment")
-        return self.sign(state, client)
-
-    def visitor(self, visitor, start, scale, columns):
-        """Return a client's row: when it waits, and when it talks or thinks."""
-        row = [" "] * columns
-
-        def paint(sign, begin, end):
-            first = round((begin - start) / scale * columns)
-            last = round((end - start) / scale * columns)
-            for column in range(first, min(max(last, first + 1), columns)):
-                row[column] = sign
-
-        paint(self.talking, visitor.begin, visitor.end)
-        for asked, answered in visitor.waits:
-            if answered - asked >= scale / columns / 2:
-                paint(self.waiting, asked, answered)
-        return "".join(row).rstrip()
-
-    def legend(self):
-        """Return lines that explain the signs."""
-        sign = self.sign
-        return [
-            f"clients    {self.waiting} waits for the server"
-            f"   {self.talking} is in conversation with it",
-            f"asleep in  {sign('accept')} accept   "
-            + "".join(sign("recv", number) for number in (1, 2, 3))
-            + f" recv, for client 1, 2, 3   {sign('send')} send   "
-            f"{sign('queue')} the queue",
-            f"           {sign('sleep')} sleep    "
-            f"{sign('lock')} a lock, for another thread",
-            f"awake      {sign('running')} runs, or could   {sign('poll')} polls in"
-            f" vain   {sign('moment')} runs for a moment",
-        ]
-
-
-def drawing(trace, scale, pen):
-    """Return lines of text: the clients, below them the server's threads."""
-    columns = WIDTH - MARGIN
-    head = f"{trace.script}: {trace.elapsed:.2f} s"
-    lines = [head + f"0 to {scale:.2f} s".rjust(WIDTH - len(head))]
-    for visitor in sample(trace.crowd.visitors):
-        name = f"client {visitor.number}"
-        row = pen.visitor(visitor, trace.start, scale, columns)
-        lines.append(f"{name:{MARGIN}}{row}")
-    for number, lane in enumerate(sample(trace.lanes), 1):
-        row = pen.lane(lane, scale, columns)
-        lines.append(f"{thread_name(lane, number):{MARGIN}}{row}")
-    return lines
-
-
-def thread_name(lane, number):
-    """Return the short name of a thread, in front of its lane."""
-    return "main" if lane.main else f"thread {number}"
+# ---- In figures -------------------------------------------------------------
 
 
 def figures(trace):
@@ -405,7 +290,7 @@ def figures(trace):
     shown = [
         state
         for state in STATES
-        if shares[state] >= 0.0005 or (calls[state] and state != "lock")
+        if shares[state] >= LEAST or (calls[state] and state != "lock")
     ]
     rows = {
         "": shown,
@@ -448,142 +333,6 @@ def cpu_time(info):
     """Return the seconds of CPU time that INFO tells of."""
     names = "used_cpu_user", "used_cpu_sys"
     return sum(float(info.get(name, 0)) for name in names)
-
-
-# ---- A picture --------------------------------------------------------------
-
-LEFT, RIGHT, PAGE = 90, 850, 880  # pixels, of the axis, and of the page
-ROW = {"client": 9, "lane": 16}  # pixels
-STYLE = """
-  svg { background: #ffffff; font-family: system-ui, sans-serif; }
-  text { font-size: 12px; fill: #1f2328; }
-  .head { font-size: 16px; font-weight: 600; }
-  .title { font-size: 13px; font-weight: 600; }
-  .small, .in { font-size: 11px; }
-  .small { fill: #59636e; }
-  .grid { stroke: #d1d9e0; }
-  .waits { fill: #d1d9e0; }
-  .talks { fill: #6e7781; }
-  .accept { fill: #56b4e9; }
-  .recv { fill: #0072b2; }
-  .send { fill: #cc79a7; }
-  .queue { fill: #009e73; }
-  .sleep { fill: #e69f00; }
-  .lock { fill: #afb8c1; }
-  .poll { fill: #d55e00; }
-  .running { fill: #000000; }
-  .in { fill: #000000; }
-  .in.recv, .in.queue, .in.poll { fill: #ffffff; }
-  @media (prefers-color-scheme: dark) {
-    svg { background: #0d1117; }
-    text { fill: #f0f6fc; }
-    .small { fill: #9198a1; }
-    .grid { stroke: #3d444d; }
-    .waits { fill: #3d444d; }
-    .talks { fill: #9198a1; }
-    .running { fill: #ffffff; }
-  }"""
-
-
-def svg(traces, title):
-    """Return the drawing of all servers as SVG, as lines of text."""
-    longest = max(trace.elapsed for trace in traces)
-    pixels = (RIGHT - LEFT) / longest
-    parts = []
-    y = 28
-
-    def text(x, y, words, kind="", anchor="start"):
-        parts.append(
-            f'<text x="{x:.1f}" y="{y}" class="{kind}"'
-            f' text-anchor="{anchor}">{escape(words)}</text>'
-        )
-
-    def bar(kind, begin, end, height, least=0.0):
-        width = max((end - begin) * pixels, least)
-        parts.append(
-            f'<rect class="{kind}" x="{LEFT + begin * pixels:.2f}" y="{y}"'
-            f' width="{width:.2f}" height="{height}"/>'
-        )
-
-    def label(kind, begin, end, words):
-        """Write into a bar, if it has room for that."""
-        if (end - begin) * pixels > 7 * len(words) + 4:
-            middle = LEFT + (begin + end) / 2 * pixels
-            text(middle, y + 11, words, f"in {kind}", "middle")
-
-    text(20, y, "Where each server waits", "head")
-    y += 18
-    text(20, y, f"{title}. {machine()}", "small")
-    y += 10
-    legend = dict(zip(STATES, STATES), waits="client waits", talks="client talks")
-    legend.update(lock="other thread", poll="polls in vain", running="runs")
-    for number, (kind, words) in enumerate(legend.items()):
-        at = number % 5 * 0.2 * longest
-        bar(kind, at, at + 14 / pixels, 10)
-        text(LEFT + at * pixels + 20, y + 9, words, "small")
-        y += 17 if number % 5 == 4 else 0
-    for trace in traces:
-        y += 26
-        text(20, y, f"{trace.script}: {trace.elapsed:.2f} s", "title")
-        y += 6
-        top = y
-        for visitor in sample(trace.crowd.visitors):
-            start = trace.start
-            bar("talks", visitor.begin - start, visitor.end - start, 7)
-            for asked, answered in visitor.waits:
-                bar("waits", asked - start, answered - start, 7)
-            y += ROW["client"]
-        text(LEFT - 8, (top + y) // 2 + 3, "clients", "small", "end")
-        y += 3
-        for number, lane in enumerate(sample(trace.lanes), 1):
-            spans = lane.spans()
-            for span in spans:
-                if span.state != "running":
-                    bar(span.state, span.begin, span.end, ROW["lane"] - 2)
-            for span in spans:
-                if span.state == "running":  # seen, however short it is
-                    bar("running", span.begin, span.end, ROW["lane"] - 2, 1.0)
-                elif span.client:
-                    label(span.state, span.begin, span.end, str(span.client))
-                else:
-                    label(span.state, span.begin, span.end, span.state)
-            text(LEFT - 8, y + 11, thread_name(lane, number), "small", "end")
-            y += ROW["lane"]
-        y += 12
-        text(LEFT, y, in_words(trace), "small")
-    y += 12
-    for tick in ticks(longest):
-        x = LEFT + tick * pixels
-        parts.append(
-            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{y}" y2="{y + 5}"/>'
-        )
-        text(x, y + 18, f"{tick:g} s", "small", "middle")
-    y += 30
-    return [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{PAGE}" height="{y}"'
-        f' viewBox="0 0 {PAGE} {y}">',
-        "<title>Where each server waits, and for whom</title>",
-        f"<style>{STYLE}</style>",
-        *parts,
-        "</svg>",
-    ]
-
-
-def in_words(trace):
-    """Return where the threads' time went, in one line."""
-    shares, (calls, vain) = trace.shares(), trace.calls()
-    parts = []
-    for state in sorted(STATES, key=shares.get, reverse=True):
-        if shares[state] >= 0.001:
-            parts.append(f"{state} {shares[state]:.1%}")
-    total, failed = sum(calls.values()), sum(vain.values())
-    return f"{', '.join(parts)}; {total:,} calls, {failed:,} of them in vain"
-
-
-def ticks(longest):
-    """Return round numbers from 0 to `longest`, some four of them."""
-    step = next(s for s in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if longest / s < 8)
-    return [number * step for number in range(int(longest / step) + 1)]
 
 
 # ---- Chrome's Trace Event Format --------------------------------------------
@@ -675,21 +424,13 @@ def main():
     ]
     traces = [trace(script, options.scene, options) for script in scripts]
     scale = max(trace.elapsed for trace in traces)
-    pen = Pen()
-    print(
-        f"{options.connections} clients at once:"
-        f" {SCENES[options.scene].title}",
-        f"{machine()}",
-        "",
-        *pen.legend(),
-        sep="\n",
-    )
+    title = f"{options.connections} clients: {SCENES[options.scene].title}"
+    print(title, machine(), "", *legend(), sep="\n")
     for each in traces:
-        print("", *drawing(each, scale, pen), *figures(each), sep="\n")
+        print("", *drawing(each, scale), *figures(each), sep="\n")
     print("", *cost(traces), sep="\n")
     if options.svg:
-        title = SCENES[options.scene].title
-        write(options.svg, [line + "\n" for line in svg(traces, title)])
+        write(options.svg, svg(traces, title))
         print(f"\nThe picture is in {options.svg}.")
     if options.json:
         write(options.json, [json.dumps(events(traces)) + "\n"])

@@ -1,0 +1,250 @@
+"""`make trace`: where each server's threads wait, seen from inside.
+
+Read from the JSON that it writes, in which each call is a span. Limits are
+wide: a loaded machine makes a thread wait for a core.
+"""
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from conftest import HERE, SCRIPTS, SERVERS_DIR, wait_for
+
+LIMIT = 120  # seconds, on a loaded machine
+CLIENTS = 2
+SVG = "{http://www.w3.org/2000/svg}"
+PATHS = {name: SERVERS_DIR / script for name, script in SCRIPTS.items()}
+
+
+def run(*options, encoding="utf-8"):
+    """Run the tracer to its end; return its status, stdout and stderr."""
+    command = [sys.executable, HERE / "bench" / "trace.py", *options]
+    result = subprocess.run(
+        list(map(str, command)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=LIMIT,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    return result.returncode, result.stdout.decode(), result.stderr.decode()
+
+
+class Traced:
+    """What came of a run of the tracer: `out`, `svg`, and its JSON, sorted."""
+
+    def __init__(self, folder, scene, *names, encoding="utf-8"):
+        files = folder / f"{scene}.json", folder / f"{scene}.svg"
+        options = ["--scene", scene, "--connections", CLIENTS]
+        options += ["--json", files[0], "--svg", files[1]]
+        for name in names:
+            options += ["--server", PATHS[name]]
+        status, self.out, err = run(*options, encoding=encoding)
+        assert (status, err) == (0, "")
+        self.svg = files[1].read_text("utf-8")
+        self.events = json.loads(files[0].read_text())["traceEvents"]
+        self.named = {}  # (process, thread or 0): its name
+        self.spans = collections.defaultdict(list)  # the same: its spans
+        for event in self.events:
+            key = event["pid"], event["tid"]
+            if event["ph"] == "M":
+                self.named[key] = event["args"]["name"]
+            else:
+                self.spans[key].append(event)
+
+    def lanes(self, name):
+        """Return {what a thread is for: its spans} of a server's process."""
+        script = PATHS[name].name if name in PATHS else name
+        (pid,) = [p for (p, t), n in self.named.items() if n == script]
+        return {
+            text: self.spans[pid, tid]
+            for (p, tid), text in self.named.items()
+            if p == pid and tid
+        }
+
+    def waits(self, name):
+        """Return the spans in which the clients of a server wait."""
+        return self.lanes(f"clients of {SCRIPTS[name]}")
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory):
+    """All four servers, and a script of one's own: the loop on a kqueue."""
+    folder = tmp_path_factory.mktemp("trace")
+    PATHS["own"] = folder / "own.py"
+    PATHS["own"].write_text(
+        f"import runpy, sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "from fake_kqueue import install\n"
+        f"install({str(folder / 'log')!r}, ())\n"
+        f"runpy.run_path({str(PATHS['kqueue'])!r}, run_name='__main__')\n"
+    )
+    return Traced(folder, "thinking", *PATHS)
+
+
+def shares(spans):
+    """Return {call: its part of the time from the first to the last span}."""
+    shares = collections.Counter()
+    total = end(spans[-1]) - spans[0]["ts"]
+    for span in spans:
+        shares[span["name"]] += span["dur"] / total
+    return shares
+
+
+def end(span):
+    return span["ts"] + span["dur"]
+
+
+def test_single(thinking):
+    """One thread, nearly all the time in recv, for one after the other."""
+    ((_, spans),) = thinking.lanes("single").items()
+    assert shares(spans)["recv"] > 0.7
+    clients = [s["args"]["client"] for s in spans if s["name"] == "recv"]
+    assert sorted(set(clients)) == list(range(1, CLIENTS + 1))
+    assert clients == sorted(clients)
+
+
+def test_multi(thinking):
+    """A thread for each client, asleep in recv; the main one in accept."""
+    lanes = thinking.lanes("multi")
+    assert shares(lanes.pop("main: accepts"))["accept"] > 0.7
+    names = {f"serves client {n + 1}" for n in range(CLIENTS)}
+    assert set(lanes) == names
+    for spans in lanes.values():
+        assert shares(spans)["recv"] > 0.7
+
+
+def test_busy(thinking):
+    """One thread that never sleeps. Its polls in vain are few spans."""
+    ((_, spans),) = thinking.lanes("busy").items()
+    assert shares(spans)["poll"] > 0.5
+    assert shares(spans)["sleep"] == shares(spans)["queue"] == 0
+    others = [span for span in spans if span["name"] != "poll"]
+    assert max(span["dur"] for span in others) < 50_000
+    polls = [span for span in spans if span["name"] == "poll"]
+    calls = sum(span["args"]["calls"] for span in polls)
+    assert calls > 100 and len(polls) <= len(others) + 1
+    row = re.search(r"^3_busy.*?^in vain +(\S+) +(\S+)", thinking.out, re.M | re.S)
+    vain = [int(text.replace(",", "")) for text in row.groups()]
+    assert sum(vain) == calls
+
+
+@pytest.mark.parametrize("name", ["kqueue", "own"])
+def test_kqueue(thinking, name):
+    """The loop sleeps in the queue; the main thread waits for the loop."""
+    lanes = thinking.lanes(name)
+    loop, main = lanes["event loop"], lanes["main: waits for another thread"]
+    assert len(lanes) == 2
+    assert shares(loop)["queue"] > 0.7 and shares(main)["lock"] > 0.9
+    calls = {span["name"] for span in loop}
+    assert calls <= {"queue", "accept", "recv", "send", "lock"}
+    assert not any("in vain" in span["args"] for span in loop)
+
+
+def test_a_handler_that_blocks(tmp_path):
+    """The loop sleeps and all clients wait. Of the threads, one sleeps.
+
+    The drawing is in ASCII, if stdout takes no more.
+    """
+    names = "multi", "kqueue"
+    traced = Traced(tmp_path, "blocking", *names, encoding="ascii")
+    for name, lane in zip(names, ["serves client 1", "event loop"]):
+        lanes = traced.lanes(name)
+        sleeps = {
+            text: span["dur"]
+            for text, spans in lanes.items()
+            for span in spans
+            if span["name"] == "sleep"
+        }
+        assert list(sleeps) == [lane] and sleeps[lane] >= 490_000
+        waiting = [
+            client
+            for client, waits in traced.waits(name).items()
+            if any(wait["dur"] > 400_000 for wait in waits)
+        ]
+        assert len(waiting) == (CLIENTS if name == "kqueue" else 1)
+    assert traced.out.isascii() and re.search(r"^thread 2 .*\|zzzz", traced.out, re.M)
+
+
+def test_a_client_that_goes_quiet(tmp_path):
+    """The one thread is in recv for client 1, and the others wait."""
+    traced = Traced(tmp_path, "quiet", "single")
+    (spans,) = traced.lanes("single").values()
+    longest = max(spans, key=lambda span: span["dur"])
+    assert (longest["name"], longest["args"]) == ("recv", {"client": 1})
+    for client, waits in traced.waits("single").items():
+        assert client == "client 1" or end(waits[0]) >= end(longest)
+
+
+def test_json(thinking):
+    """Chrome's Trace Event Format: names, and spans that do not overlap."""
+    names = {"accept", "recv", "send", "queue", "sleep", "poll", "lock", "waits"}
+    for event in thinking.events:
+        if event["ph"] == "M":
+            assert event["name"] in ("process_name", "thread_name")
+        else:
+            assert set(event) == {"ph", "name", "pid", "tid", "ts", "dur", "args"}
+            assert event["ph"] == "X" and event["name"] in names
+    for key, spans in thinking.spans.items():
+        assert key in thinking.named
+        now = 0
+        for span in spans:
+            assert span["ts"] >= now - 0.2 and span["dur"] >= 0  # rounded
+            now = end(span)
+
+
+def test_drawing(thinking):
+    """All on one scale, in 79 columns; short moments of work are seen."""
+    assert max(map(len, thinking.out.splitlines())) <= 79
+    scales = re.findall(r"^\S+\.py: .* (0 to .*)$", thinking.out, re.M)
+    assert len(scales) == 5 and len(set(scales)) == 1
+    lanes = re.findall(r"^(?:main|thread \d) +(\S+)$", thinking.out, re.M)
+    single, main, one, two, busy, _, loop = lanes[:7]
+    assert re.fullmatch("│+1+│+1+│+1+│+2+│+2+│+2*│+", single)
+    assert main.count("a") > 2 * main.count("│")
+    assert one.count("1") >= 3 and "1" not in two
+    assert "▒" in busy and "q" in loop
+
+
+def test_svg(thinking):
+    """Well-formed, without a script, each server named and each call."""
+    root = ElementTree.fromstring(thinking.svg)
+    kinds = {element.tag for element in root.iter()}
+    assert kinds == {SVG + t for t in ("svg", "title", "style", "rect", "text", "path")}
+    texts = [element.text for element in root.iter(SVG + "text")]
+    for script in SCRIPTS.values():
+        assert any(text.startswith(script) for text in texts)
+    assert "thread 2" in texts and "in the queue" in texts
+    assert "prefers-color-scheme: dark" in thinking.svg
+
+
+def test_bad_scripts(tmp_path):
+    """One sentence, a status that is not 0, and no process stays."""
+    missing = tmp_path / "missing.py"
+    status, out, err = run("--server", missing)
+    assert status == 1 and out == ""
+    assert err == f"trace.py: cannot read {missing}: No such file or directory\n"
+    script = tmp_path / "leaves.py"
+    script.write_text(
+        "import os, socket, sys\n"
+        "print(os.getpid(), file=sys.stderr)\n"
+        "listener = socket.create_server(('127.0.0.1', 0))\n"
+        "print('listening on 127.0.0.1:%d' % listener.getsockname()[1],"
+        " flush=True)\n"
+        "listener.accept()\n"
+    )
+    status, out, err = run("--server", script)
+    pid, sentence = err.splitlines()
+    assert status == 1 and re.match("trace.py: .*leaves.py", sentence)
+
+    def gone():
+        try:
+            return os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return True
+
+    wait_for(gone, "the server has ended")
