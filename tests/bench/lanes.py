@@ -6,9 +6,9 @@ As text, for a terminal or a file, and as SVG, for slides.
 import collections
 import os
 import sys
-from xml.sax.saxutils import escape
 
 from harness import glyphs, machine, sample
+from svg import COLOURS, Picture
 
 WIDTH = 79  # columns
 MARGIN = 10  # of these, for names
@@ -119,155 +119,73 @@ def thread_row(lane, step):
 
 # ---- As SVG -----------------------------------------------------------------
 
-LEFT, RIGHT, PAGE = 90, 850, 880  # pixels: the axis of time, and the page
+LEFT, RIGHT = 80, 800  # pixels: the ends of the axis of time
 CLIENT, THREAD = 9, 16  # pixels: the height of their rows
-NAMES = {  # in the legend
-    "accept": "sleeps in accept",
-    "recv": "in recv",
-    "send": "in send",
-    "queue": "in the queue",
-    "sleep": "in sleep",
-    "lock": "for another thread",
-    "poll": "polls in vain",
-    "running": "runs",
-    "waits": "client waits",
-    "talks": "client talks",
+KINDS = {  # in the legend: (its words, in light, in dark, text on it)
+    "accept": ("sleeps in accept", "#56b4e9", "#56b4e9", "on-light"),
+    "recv": ("in recv", "#0072b2", "#0072b2", "on-dark"),
+    "send": ("in send", "#cc79a7", "#cc79a7", "on-light"),
+    "queue": ("in the queue", "#009e73", "#009e73", "on-light"),
+    "sleep": ("in sleep", "#e69f00", "#e69f00", "on-light"),
+    "lock": ("for another thread", "#afb8c1", "#afb8c1", "on-light"),
+    "poll": ("polls in vain", "#d55e00", "#d55e00", "on-light"),
+    "running": ("runs", "#000000", "#ffffff", ""),
+    "client-waits": ("client waits", "#d1d9e0", "#3d444d", ""),
+    "client-talks": ("client talks", "#6e7781", "#9198a1", ""),
 }
-STYLE = """
-  svg { background: #ffffff; font-family: system-ui, sans-serif; }
-  text { font-size: 12px; fill: #1f2328; }
-  .head { font-size: 16px; font-weight: 600; }
-  .title { font-size: 13px; font-weight: 600; }
-  .small, .in { font-size: 11px; }
-  .small { fill: #59636e; }
-  .grid { stroke: #d1d9e0; }
-  .waits { fill: #d1d9e0; }
-  .talks { fill: #6e7781; }
-  .accept { fill: #56b4e9; }
-  .recv { fill: #0072b2; }
-  .send { fill: #cc79a7; }
-  .queue { fill: #009e73; }
-  .sleep { fill: #e69f00; }
-  .lock { fill: #afb8c1; }
-  .poll { fill: #d55e00; }
-  .running { fill: #000000; }
-  .in { fill: #000000; }
-  .in.recv, .in.queue, .in.poll { fill: #ffffff; }
-  @media (prefers-color-scheme: dark) {
-    svg { background: #0d1117; }
-    text { fill: #f0f6fc; }
-    .small { fill: #9198a1; }
-    .grid { stroke: #3d444d; }
-    .waits { fill: #3d444d; }
-    .talks { fill: #9198a1; }
-    .running { fill: #ffffff; }
-  }"""
+COLOURS.update({kind: about[1:3] for kind, about in KINDS.items()})
+COLOURS["on-light"] = "#000000", "#000000"
+COLOURS["on-dark"] = "#ffffff", "#ffffff"
 
 
-class Picture:
-    """An SVG that grows from top to bottom; `y` is where it has come to."""
-
-    def __init__(self, seconds):
-        self.pixels = (RIGHT - LEFT) / seconds  # for each second
-        self.parts = []
-        self.y = 0
-
-    def text(self, x, words, kind, anchor="start"):
-        self.parts.append(
-            f'<text x="{x:.1f}" y="{self.y}" class="{kind}"'
-            f' text-anchor="{anchor}">{escape(words)}</text>'
-        )
-
-    def bar(self, kind, begin, end, height, least=0.0):
-        """Draw a bar below `y`, from one time to another."""
-        x, width = LEFT + begin * self.pixels, (end - begin) * self.pixels
-        self.parts.append(
-            f'<rect class="{kind}" x="{x:.2f}" y="{self.y}"'
-            f' width="{max(width, least):.2f}" height="{height}"/>'
-        )
-
-    def server(self, trace):
-        """Draw a server's clients and threads."""
-        self.y += 26
-        self.text(20, f"{trace.script}: {trace.elapsed:.2f} s", "title")
-        self.y += 6
-        self.y += CLIENT - 1
-        self.text(LEFT - 8, "clients", "small", "end")
-        self.y -= CLIENT - 1
-        for visitor in sample(trace.crowd.visitors):
-            for kind, times in (
-                ("talks", [(visitor.begin, visitor.end)]),
-                ("waits", visitor.waits),
-            ):
-                for begin, end in times:
-                    begin, end = begin - trace.start, end - trace.start
-                    self.bar(kind, begin, end, CLIENT - 2)
-            self.y += CLIENT
-        self.y += 4
-        for lane in sample(trace.lanes):
-            self.lane(lane)
-
-    def lane(self, lane):
-        """Draw what a thread is in; with what is short above what is long."""
-        calls, work = [], []
-        for span in lane.spans():
-            (work if span.state == "running" else calls).append(span)
-        for span in calls:
-            self.bar(span.state, span.begin, span.end, THREAD - 2)
-        for span in work:
-            self.bar(span.state, span.begin, span.end, THREAD - 2, least=1)
-        self.y += 11
-        self.text(LEFT - 8, lane.label, "small", "end")
-        for span in calls:
-            words = str(span.client) if span.client else span.state
-            if (span.end - span.begin) * self.pixels > 7 * len(words) + 4:
-                middle = LEFT + (span.begin + span.end) / 2 * self.pixels
-                self.text(middle, words, f"in {span.state}", "middle")
-        self.y += THREAD - 11
-
-    def axis(self, seconds):
-        """Draw the axis of time."""
-        steps = 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10
-        step = next(step for step in steps if seconds / step < 8)
-        for number in range(int(seconds / step) + 1):
-            x = LEFT + number * step * self.pixels
-            self.parts.append(
-                f'<path class="grid" d="M{x:.1f} {self.y}v5"/>',
-            )
-            self.y += 18
-            self.text(x, f"{number * step:g} s", "small", "middle")
-            self.y -= 18
-        self.y += 30
-
-
-def svg(traces, title):
-    """Return the drawing of all servers as SVG, as lines of text."""
+def picture(traces, title):
+    """Return the Picture of all servers, on one scale of time."""
     seconds = max(trace.elapsed for trace in traces)
-    picture = Picture(seconds)
-    picture.y = 28
-    picture.text(20, "Where each server waits", "head")
-    picture.y += 18
-    picture.text(20, f"{title}. {machine()}", "small")
-    picture.y += 10
-    for number, (kind, words) in enumerate(NAMES.items()):
-        x = LEFT + number % 5 * 155
-        at = (x - LEFT) / picture.pixels
-        picture.bar(kind, at, at + 14 / picture.pixels, 10)
-        picture.y += 9
-        picture.text(x + 20, words, "small")
-        picture.y += 8 if number % 5 == 4 else -9
+    page = Picture("Where each server waits, and for whom", RIGHT + 40)
+    page.text(20, 28, page.title, "head")
+    page.text(20, 46, f"{title}. {machine()}", "tick")
+    for number, (kind, about) in enumerate(KINDS.items()):
+        x, y = LEFT + number % 5 * 145, 58 + number // 5 * 17
+        page.bar(kind, x, y, 14, 10)
+        page.text(x + 20, y + 9, about[0], "tick")
+    y = 110
     for trace in traces:
-        picture.server(trace)
-        picture.y += 12
-        picture.text(LEFT, trace.in_words(), "small")
-    picture.y += 12
-    picture.axis(seconds)
-    size = f'width="{PAGE}" height="{picture.y}"'
-    return [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size}'
-        f' viewBox="0 0 {PAGE} {picture.y}">\n',
-        "<title>Where each server waits, and for whom</title>\n",
-        f"<style>{STYLE}</style>\n",
-        *(f"{part}\n" for part in picture.parts),
-        "</svg>\n",
-    ]
+        page.text(20, y, f"{trace.script}: {trace.elapsed:.2f} s", "title")
+        y = add_server(page, y + 8, trace, (RIGHT - LEFT) / seconds)
+        page.text(LEFT, y + 11, trace.in_words(), "tick")
+        y += 38
+    page.time_axis(LEFT, RIGHT, y - 20, y - 15, seconds)
+    return page
+
+
+def add_server(page, y, trace, pixels):
+    """Draw a server's clients and threads from `y`; return where they end.
+
+    `pixels` is how many a second takes.
+    """
+    page.text(LEFT - 8, y + 8, "clients", "tick", "end")
+    for visitor in sample(trace.crowd.visitors):
+        talk = "client-talks", visitor.begin, visitor.end
+        waits = [("client-waits", *wait) for wait in visitor.waits]
+        for kind, begin, end in [talk, *waits]:
+            x = LEFT + (begin - trace.start) * pixels
+            page.bar(kind, x, y, (end - begin) * pixels, CLIENT - 2)
+        y += CLIENT
+    y += 4
+    for lane in sample(trace.lanes):
+        page.text(LEFT - 8, y + 11, lane.label, "tick", "end")
+        # Work comes last, and is as wide as one can see: it is mostly short.
+        spans = sorted(lane.spans(), key=lambda span: span.state == "running")
+        for state, begin, end, client, *_ in spans:
+            x, width = LEFT + begin * pixels, (end - begin) * pixels
+            least = 1 if state == "running" else 0
+            says = f"{state} for {end - begin:.4f} s"
+            page.bar(state, x, y, max(width, least), THREAD - 2, says)
+        for state, begin, end, client, *_ in spans:
+            words = str(client or state)
+            if (end - begin) * pixels > 7 * len(words) and KINDS[state][3]:
+                x = LEFT + (begin + end) / 2 * pixels
+                kind = f"tick {KINDS[state][3]}"
+                page.text(x, y + 11, words, kind, "middle")
+        y += THREAD
+    return y

@@ -5,18 +5,20 @@ Start it:  python3 recorder.py RECORD SCRIPT [OPTION]...
 `make trace` does. Python tells a profile function when a built-in function is
 called and when it returns. The calls in which a server can wait are such
 functions: of sockets, queues and locks, and sleep. When the script ends, the
-file RECORD gets, as JSON, the process's `pid`, its `begin`, and its `lanes`,
-one for each thread:
+file RECORD gets, as JSON, the process's `begin`, and its `lanes`, one for each
+thread:
 
     main, begin, end   is it the main thread; end is null if it was there still
-    spans              [what, begin, end, port, vain], for each call:
-        what           one of CALLS
+    spans              [what, begin, end, port, calls, failed], for each call:
+        what           how the call is named in CALLS
         port           of the client whose socket it was, or null
-        vain           how many calls failed, mostly with EAGAIN, by their name
+        calls          {what: 1}
+        failed         whether it ended in an error, which is mostly EAGAIN
 
-All times are time.monotonic()'s. On a non-blocking socket a call that fails is
-no news: a run of them is one span, `poll`, which keeps a busy wait's record
-small. `made` in its place says how many calls a span stands for.
+All times are time.monotonic()'s. Calls that are alike, and follow one another
+within a millisecond, are one span. So are all that fail on non-blocking
+sockets, which is no news; `what` is then "poll". This keeps the record of a
+busy wait small.
 
 Whether a thread that is in no such call runs, or waits for a core or for the
 interpreter's lock, does not show.
@@ -34,21 +36,20 @@ import threading
 import time
 import weakref
 
-MOST = 100_000  # spans of a thread; what it does after these is not kept
-PIECE = 0.001  # seconds; a longer run of polls becomes several spans
+PIECE = 0.001  # seconds; a longer run of calls becomes several spans
 
-MODULE = [type(time.sleep.__self__)]  # what owns a module's functions
-LOCKS = [type(threading.Lock()), type(threading.RLock())]
+MODULE = (type(time.sleep.__self__),)  # what owns a module's functions
+LOCKS = (type(threading.Lock()), type(threading.RLock()))
 if hasattr(_thread, "_ThreadHandle"):  # what Thread.join() waits for, from 3.13
-    LOCKS.append(_thread._ThreadHandle)
-QUEUES = [
+    LOCKS += (_thread._ThreadHandle,)
+QUEUES = tuple(
     getattr(select, name)
     for name in ("epoll", "kqueue", "devpoll")
     if hasattr(select, name)
-]
+)
 if hasattr(select, "poll"):
-    QUEUES.append(type(select.poll()))
-SOCKET = [socket.socket]
+    QUEUES += (type(select.poll()),)
+SOCKET = (socket.socket,)
 ON_SOCKETS = "accept", "recv", "send"
 CALLS = [  # how a call is named here, whose it may be, how Python names it
     ("accept", SOCKET, ["_accept"]),
@@ -61,12 +62,12 @@ CALLS = [  # how a call is named here, whose it may be, how Python names it
     ("lock", MODULE, ["pause", "sigwait"]),  # for a signal, not for a thread
 ]
 WATCHED = {
-    name: (what, tuple(owners))
+    name: (what, owners)
     for what, owners, names in CALLS
     for name in names
 }
 lanes = []
-ports = {}  # id of a socket: (weak reference to it, port of its client)
+ports = {}  # id of a socket: (weak reference to it, its client's port or None)
 
 
 class Lane:
@@ -95,7 +96,7 @@ class Lane:
                 if isinstance(owner, watched[1]):
                     self.owner = owner
                     self.what = watched[0]
-                    if id(owner) not in ports and watched[0] in ON_SOCKETS:
+                    if watched[1] is SOCKET and not known_port(owner):
                         learn_port(owner)
                     self.since = time.monotonic()
                     self.frame = frame
@@ -108,29 +109,30 @@ class Lane:
 
     def write_down(self, now, failed):
         """Keep the call that has just returned."""
-        owner, what = self.owner, self.what
+        owner, what, port = self.owner, self.what, None
         self.frame = self.owner = None
-        vain = {what: 1} if failed else {}
-        port = None
         if what in ON_SOCKETS:
-            port = ports[id(owner)][1]
             if failed and owner.gettimeout() == 0:
                 what = "poll"
-                last = self.spans[-1] if self.spans else [None]
-                if last[0] == "poll" and now - last[1] < PIECE:
-                    last[2] = now
-                    last[4][self.what] = last[4].get(self.what, 0) + 1
-                    return
-                port = None
-        if len(self.spans) < MOST:
-            self.spans.append([what, self.since, now, port, vain])
+            else:
+                port = known_port(owner)[1]
+        if self.spans:
+            last = self.spans[-1]
+            alike = last[0] == what and last[3] == port and last[5] == failed
+            if alike and now - last[1] < PIECE:
+                last[2] = now
+                last[4][self.what] = last[4].get(self.what, 0) + 1
+                return
+        calls = {self.what: 1}
+        self.spans.append([what, self.since, now, port, calls, failed])
 
     def record(self):
         """Return the lane as it goes into the record."""
         spans = self.spans[:]
         if self.frame is not None:  # the thread is in a call now
-            port = ports.get(id(self.owner), (None, None))[1]
-            spans.append([self.what, self.since, time.monotonic(), port, {}])
+            port = known_port(self.owner)[1] if self.what in ON_SOCKETS else None
+            now, calls = time.monotonic(), {self.what: 1}
+            spans.append([self.what, self.since, now, port, calls, False])
         return {
             "main": self.main,
             "begin": self.begin,
@@ -139,15 +141,20 @@ class Lane:
         }
 
 
+def known_port(owner):
+    """Return what learn_port has found out about a socket, or None."""
+    known = ports.get(id(owner))
+    # When a socket has gone, another may get its id.
+    return known if known and known[0]() is owner else None
+
+
 def learn_port(owner):
     """Find out which client a socket belongs to, while it is surely there."""
-    key = id(owner)
     try:
         port = owner.getpeername()[1]
     except (OSError, IndexError):  # it listens, or is no TCP socket
         port = None
-    # When the socket has gone, its id may become another's.
-    ports[key] = weakref.ref(owner, lambda gone: ports.pop(key, None)), port
+    ports[id(owner)] = weakref.ref(owner), port
 
 
 def new_thread(frame, event, arg):
@@ -165,7 +172,6 @@ def main():
     def save():
         sys.setprofile(None)
         record = {
-            "pid": os.getpid(),
             "begin": begin,
             "lanes": [lane.record() for lane in lanes[:]],
         }

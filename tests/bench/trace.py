@@ -16,6 +16,7 @@ BSDs). Should it not be, this ends with a sentence that says so.
 import argparse
 import asyncio
 import collections
+import contextlib
 import contextvars
 import json
 import os
@@ -31,24 +32,25 @@ from harness import (
     Crowd,
     Failed,
     Server,
+    cpu_time,
     encode,
+    figure,
     machine,
     progress,
     run,
     write,
 )
-from lanes import MARGIN, drawing, legend, svg
+from lanes import MARGIN, drawing, legend, picture
 
 RECORDER = Path(__file__).with_name("recorder.py")
 LEAST = 0.0005  # of the time; what is less is not worth a word
 QUIET = 0.6  # seconds that the quiet client stays
-HALF = encode("PING")[:-4]
 CALLS = ["accept", "recv", "send", "queue", "sleep", "lock"]
 STATES = CALLS + ["poll", "running"]  # what a thread can be in
 
-# What one thread was in: one of STATES; when; and with recv and send, for
-# which client. `vain` is {call: how many of them failed}.
-Span = collections.namedtuple("Span", "state begin end client vain")
+# What a thread was in: one of STATES; when, in seconds from the scene's start;
+# for which client; in how many calls, as {call: number}; and if they failed.
+Span = collections.namedtuple("Span", "state begin end client calls failed")
 
 # ---- The scenes -------------------------------------------------------------
 
@@ -74,45 +76,49 @@ class Thinking(Crowd):
 
 
 class Pinging(Thinking):
-    """They send PINGs; but what the first asks, and when, is the scene's."""
+    """The others PING, while the first client does what the scene is about."""
 
     async def visit(self, visitor):
         visitor.begin = visitor.asked = time.monotonic()
-        reader, writer = await asyncio.open_connection(self.host, self.port)
+        streams = await asyncio.open_connection(self.host, self.port)
+        writer = streams[1]
         self.ports[writer.get_extra_info("sockname")[1]] = visitor.number
-        try:
+        with contextlib.closing(writer):
             if visitor.number == 1:
-                requests = self.first
+                await self.first(visitor, *streams)
             else:
-                requests = [encode("PING")] * self.options.requests
-            for request in requests:
-                if visitor.waits:
-                    await asyncio.sleep(self.options.think)
-                visitor.asked = time.monotonic()
-                writer.write(request)
-                if request == HALF:
-                    visitor.asked = None  # the server waits, not the client
-                    await asyncio.sleep(QUIET)
-                    break
-                if not (await reader.readline()).startswith(b"+"):
-                    raise Failed(f"no good reply to {request!r}")
-                visitor.waits.append((visitor.asked, time.monotonic()))
-        except OSError as error:
-            raise Failed(f"a connection broke: {error}") from None
-        finally:
-            writer.close()
-        visitor.asked = None
+                for _ in range(self.options.requests):
+                    await self.talk_once(visitor, *streams, "PING")
         visitor.end = time.monotonic()
+
+    async def talk_once(self, visitor, reader, writer, *words):
+        """Think, but not at first; ask; wait until it is answered."""
+        if visitor.waits:
+            await asyncio.sleep(self.options.think)
+            visitor.asked = time.monotonic()
+        writer.write(encode(*words))
+        reply = await reader.readline()
+        if not reply.startswith(b"+"):
+            raise Failed(f"{' '.join(words)} was answered with {reply[:80]!a}")
+        visitor.waits.append((visitor.asked, time.monotonic()))
+        visitor.asked = None
 
 
 class Quiet(Pinging):
     title = "client 1 sends half a request and says no more, the others PING"
-    first = [HALF]
+
+    async def first(self, visitor, reader, writer):
+        writer.write(encode("PING")[:-4])
+        visitor.asked = None  # it is the server that waits
+        await asyncio.sleep(QUIET)
 
 
 class Blocking(Pinging):
     title = "client 1 asks for DEBUG SLEEP 0.5, the others PING"
-    first = [encode("PING"), encode("DEBUG", "SLEEP", "0.5")]
+
+    async def first(self, visitor, *streams):
+        await self.talk_once(visitor, *streams, "PING")
+        await self.talk_once(visitor, *streams, "DEBUG", "SLEEP", "0.5")
 
 
 SCENES = {"thinking": Thinking, "quiet": Quiet, "blocking": Blocking}
@@ -129,7 +135,6 @@ class Trace:
         self.start = crowd.start
         self.elapsed = crowd.elapsed
         self.untraced = untraced  # the Crowd that nobody recorded
-        self.pid = record["pid"]
         lanes = [Lane(lane, self) for lane in record["lanes"]]
         # A thread that ended before the scene, or began after it, is not seen.
         self.lanes = [lane for lane in lanes if lane.begin < lane.end]
@@ -156,8 +161,8 @@ class Trace:
         calls, vain = collections.Counter(), collections.Counter()
         for lane in self.lanes:
             for call in lane.calls:
-                calls.update(call.vain if call.state == "poll" else [call.state])
-                vain.update(call.vain)
+                calls.update(call.calls)
+                vain.update(call.calls if call.failed else {})
         return calls, vain
 
     def in_words(self):
@@ -184,25 +189,25 @@ class Lane:
         if record["end"]:
             self.end = min(self.end, record["end"] - trace.start)
         self.calls = []  # Spans, in their order, with gaps between them
-        for state, begin, end, port, vain in record["spans"]:
+        for state, begin, end, port, calls, failed in record["spans"]:
             begin = max(begin - trace.start, self.begin)
-            end = min(end - trace.start, self.end)
+            end = end - trace.start
+            # What it came to after the end was not known yet.
+            failed = failed and (state == "poll" or end <= self.end)
+            end = min(end, self.end)
             if begin <= end:
                 client = trace.crowd.ports.get(port)
-                if end == self.end and state != "poll":
-                    vain = {}  # that it failed we would not know yet
-                self.add(Span(state, begin, end, client, vain))
+                self.add(Span(state, begin, end, client, calls, failed))
 
     def add(self, span):
         """Add a call. Polls in vain with no other call between are one."""
-        if span.state == "poll" and self.calls:
-            last = self.calls[-1]
-            if last.state == "poll":
-                vain = collections.Counter(last.vain)
-                vain.update(span.vain)
-                self.calls[-1] = last._replace(end=span.end, vain=dict(vain))
-                return
-        self.calls.append(span)
+        last = self.calls[-1] if self.calls else None
+        if last and last.state == span.state == "poll":
+            calls = collections.Counter(last.calls)
+            calls.update(span.calls)
+            self.calls[-1] = last._replace(end=span.end, calls=calls)
+        else:
+            self.calls.append(span)
 
     def spans(self):
         """Return the calls, and "running" for all time between them."""
@@ -210,11 +215,11 @@ class Lane:
         now = self.begin
         for call in self.calls:
             if now < call.begin:
-                spans.append(Span("running", now, call.begin, None, {}))
+                spans.append(Span("running", now, call.begin, None, {}, False))
             spans.append(call)
             now = call.end
         if now < self.end:
-            spans.append(Span("running", now, self.end, None, {}))
+            spans.append(Span("running", now, self.end, None, {}, False))
         return spans
 
     def name(self):
@@ -272,7 +277,7 @@ def trace(script, scene, options):
                 record = json.load(file)
         except (OSError, ValueError):
             raise Failed(f"{script} has left no record of itself") from None
-    progress("")
+    progress()
     if not before <= record["begin"] <= crowd.start:
         raise Failed(
             "here the clocks (time.monotonic) of two processes do not agree,"
@@ -285,7 +290,7 @@ def trace(script, scene, options):
 
 
 def figures(trace):
-    """Return lines of text: where the threads' time went; calls; the cost."""
+    """Return lines of text: where the threads' time went, and the calls."""
     shares, (calls, vain) = trace.shares(), trace.calls()
     shown = [
         state
@@ -313,26 +318,22 @@ def figures(trace):
 def cost(traces):
     """Return lines of text: what the recorder has changed."""
     lines = [
-        "What the recording costs: the same scene with it, and without it",
+        "What the recording costs: the same scene with it / without it."
+        " It costs most",
+        "where most calls are made, which is in a busy wait.",
         f"{'':25}{'time elapsed':>18}{'CPU time':>18}{'polls':>18}",
     ]
     for trace in traces:
         crowds = trace.crowd, trace.untraced
-        elapsed = [f"{crowd.elapsed:.2f} s" for crowd in crowds]
-        used = [f"{cpu_time(crowd.info):.2f} s" for crowd in crowds]
-        polls = [crowd.info.get("polls", "") for crowd in crowds]
-        texts = [" / ".join(pair) for pair in (elapsed, used)]
-        if polls[0]:
-            texts.append(" / ".join(f"{int(count):,}" for count in polls))
-        row = "".join(text.rjust(18) for text in texts)
+        infos = [crowd.info for crowd in crowds]
+        cells = [" / ".join(f"{crowd.elapsed:.2f} s" for crowd in crowds)]
+        if all("used_cpu_user" in info for info in infos):
+            cells.append(" / ".join(f"{cpu_time(i):.2f} s" for i in infos))
+        if all("polls" in info for info in infos):
+            cells.append(" / ".join(f"{figure(i, 'polls'):,.0f}" for i in infos))
+        row = "".join(cell.rjust(18) for cell in cells)
         lines.append(f"{trace.script:25}{row}")
     return lines
-
-
-def cpu_time(info):
-    """Return the seconds of CPU time that INFO tells of."""
-    names = "used_cpu_user", "used_cpu_sys"
-    return sum(float(info.get(name, 0)) for name in names)
 
 
 # ---- Chrome's Trace Event Format --------------------------------------------
@@ -381,10 +382,10 @@ def events(traces):
             name("thread_name", server, tid, text)
             for call in lane.calls:
                 arguments = {"client": call.client} if call.client else {}
-                if call.state == "poll":
-                    arguments = {"calls": sum(call.vain.values())}
-                elif call.vain:
-                    arguments["in vain"] = True
+                if call.state == "poll" or sum(call.calls.values()) > 1:
+                    arguments["calls"] = sum(call.calls.values())
+                elif call.failed:
+                    arguments["failed"] = True
                 span(call.state, server, tid, call.begin, call.end, **arguments)
     return {"traceEvents": listed, "displayTimeUnit": "ms"}
 
@@ -430,7 +431,7 @@ def main():
         print("", *drawing(each, scale), *figures(each), sep="\n")
     print("", *cost(traces), sep="\n")
     if options.svg:
-        write(options.svg, svg(traces, title))
+        write(options.svg, picture(traces, title).lines())
         print(f"\nThe picture is in {options.svg}.")
     if options.json:
         write(options.json, [json.dumps(events(traces)) + "\n"])
