@@ -342,52 +342,45 @@ def cost(traces):
 def events(traces):
     """Return what a trace viewer opens, as a dict for JSON.
 
-    Each server is a process, and its clients are one. Each begins at 0: so
-    the servers, which ran one after the other, can be compared.
+    Each server is a process, and its clients are one. All begin at 0: so the
+    servers, which ran one after the other, can be compared.
     """
-    listed = []
+    events = []
 
-    def name(kind, pid, tid, text):
-        """Name a process or a thread."""
-        arguments = {"name": text}
-        listed.append(
-            {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": arguments}
-        )
+    def add(kind, name, pid, tid, arguments, **more):
+        event = {"ph": kind, "name": name, "pid": pid, "tid": tid}
+        events.append({**event, **more, "args": arguments})
 
-    def span(text, pid, tid, begin, end, **arguments):
+    def add_span(name, pid, tid, begin, end, **arguments):
         begin, end = round(begin * 1e6, 1), round(end * 1e6, 1)  # microseconds
-        listed.append(
-            {
-                "ph": "X",
-                "name": text,
-                "pid": pid,
-                "tid": tid,
-                "ts": begin,
-                "dur": round(end - begin, 1),
-                "args": arguments,
-            }
-        )
+        duration = round(end - begin, 1)
+        add("X", name, pid, tid, arguments, ts=begin, dur=duration)
 
     for number, trace in enumerate(traces):
         clients, server = 2 * number + 1, 2 * number + 2
-        name("process_name", clients, 0, f"clients of {trace.script}")
+        for pid, name in (
+            (clients, f"clients of {trace.script}"),
+            (server, trace.script),
+        ):
+            add("M", "process_name", pid, 0, {"name": name})
+            add("M", "process_sort_index", pid, 0, {"sort_index": pid})
         for visitor in trace.crowd.visitors:
-            name("thread_name", clients, visitor.number, f"client {visitor.number}")
+            tid = visitor.number
+            add("M", "thread_name", clients, tid, {"name": f"client {tid}"})
             for asked, answered in visitor.waits:
                 begin, end = asked - trace.start, answered - trace.start
-                span("waits", clients, visitor.number, begin, end)
-        name("process_name", server, 0, trace.script)
+                add_span("waits", clients, tid, begin, end)
         for tid, lane in enumerate(trace.lanes, 1):
-            text = ("main: " if lane.main else "") + lane.name()
-            name("thread_name", server, tid, text)
-            for call in lane.calls:
-                arguments = {"client": call.client} if call.client else {}
-                if call.state == "poll" or sum(call.calls.values()) > 1:
-                    arguments["calls"] = sum(call.calls.values())
-                elif call.failed:
+            name = ("main: " if lane.main else "") + lane.name()
+            add("M", "thread_name", server, tid, {"name": name})
+            for state, begin, end, client, calls, failed in lane.calls:
+                arguments = {"client": client} if client else {}
+                if state == "poll" or sum(calls.values()) > 1:
+                    arguments["calls"] = sum(calls.values())
+                elif failed:
                     arguments["failed"] = True
-                span(call.state, server, tid, call.begin, call.end, **arguments)
-    return {"traceEvents": listed, "displayTimeUnit": "ms"}
+                add_span(state, server, tid, begin, end, **arguments)
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
 # ---- The command line -------------------------------------------------------
