@@ -7,6 +7,7 @@ CONNECTIONS = 8
 REQUESTS = 4
 THINK = 0.05
 TIMEOUT = 30
+SCENE = thinking
 
 SINGLE = 1_single_blocking
 MULTI = 2_multi_blocking
@@ -27,6 +28,7 @@ help:
 	@echo 'make diff         compare what the four servers replied'
 	@echo
 	@echo 'make compare      what each pattern costs, asked of all four'
+	@echo 'make trace        where each server waits: its threads, from inside'
 	@echo 'make scale        1 to 10,000 connections, as a plot'
 	@echo 'make bench        requests per second, with redis-benchmark'
 	@echo 'make syscalls     which system calls each pattern makes (Linux)'
@@ -35,6 +37,7 @@ help:
 	@echo 'make test         run the tests, in a virtual environment of their own'
 	@echo 'make clean        remove all that was made (build/)'
 	@echo
+	@echo 'SCENE= chooses what is traced:  make trace SCENE=blocking (or quiet)'
 	@echo 'PYTHON= chooses the interpreter:  make demo PYTHON=pypy3'
 	@echo 'More clients that think for longer, and wait for longer than 30 s:'
 	@echo '  make demo-kqueue CONNECTIONS=1000 REQUESTS=4 THINK=0.5 TIMEOUT=60'
@@ -45,6 +48,9 @@ demo:
 
 compare:
 	@$(PYTHON) tests/bench/compare.py
+
+trace:
+	@$(PYTHON) tests/bench/trace.py $(CLIENTS) --scene $(SCENE)
 
 scale:
 	@$(PYTHON) tests/bench/scale.py
@@ -57,6 +63,8 @@ syscalls:
 
 pictures:
 	@$(PYTHON) tests/bench/pictures.py $(CLIENTS) --svg build/demo.svg
+	@$(PYTHON) tests/bench/trace.py $(CLIENTS) --svg build/trace.svg >/dev/null
+	@echo 'Where each server waits is drawn in build/trace.svg.'
 	@$(PYTHON) tests/bench/scale.py --svg build/scale.svg
 
 demo-single:
@@ -109,4 +117,4 @@ clean:
 	rm -rf build
 
 .PHONY: help demo demo-single demo-multi demo-busy demo-kqueue diff compare \
-	scale bench syscalls pictures test clean
+	trace scale bench syscalls pictures test clean

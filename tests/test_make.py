@@ -54,7 +54,7 @@ def test_help(make, copy):
     status, output = run(copy, make)
     assert status == 0, output
     targets = "demo demo-single demo-multi demo-busy demo-kqueue diff compare"
-    for target in (targets + " scale bench syscalls pictures test clean").split():
+    for target in (targets + " trace scale bench syscalls pictures test clean").split():
         assert f"make {target}" in output
 
 

@@ -40,7 +40,7 @@ PIECE = 0.001  # seconds; a longer run of calls becomes several spans
 
 MODULE = (type(time.sleep.__self__),)  # what owns a module's functions
 LOCKS = (type(threading.Lock()), type(threading.RLock()))
-if hasattr(_thread, "_ThreadHandle"):  # what Thread.join() waits for, from 3.13
+if hasattr(_thread, "_ThreadHandle"):  # since 3.13, Thread.join() waits there
     LOCKS += (_thread._ThreadHandle,)
 QUEUES = tuple(
     getattr(select, name)
@@ -130,7 +130,7 @@ class Lane:
         """Return the lane as it goes into the record."""
         spans = self.spans[:]
         if self.frame is not None:  # the thread is in a call now
-            port = known_port(self.owner)[1] if self.what in ON_SOCKETS else None
+            port = (known_port(self.owner) or [None, None])[1]
             now, calls = time.monotonic(), {self.what: 1}
             spans.append([self.what, self.since, now, port, calls, False])
         return {

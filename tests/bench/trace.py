@@ -26,8 +26,8 @@ import time
 from pathlib import Path
 
 from harness import (
-    SCRIPTS,
     ROOT,
+    SCRIPTS,
     TIMEOUT,
     Crowd,
     Failed,
@@ -37,6 +37,7 @@ from harness import (
     figure,
     machine,
     progress,
+    raise_descriptor_limit,
     run,
     write,
 )
@@ -60,7 +61,7 @@ here = contextvars.ContextVar("here", default=None)  # whose task this is
 class Thinking(Crowd):
     """The clients of `make demo`: all talk at once, and think in between."""
 
-    title = "each asks 4 times, and thinks for 0.05 s in between"
+    title = "each asks {requests} times, and thinks for {think:g} s in between"
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -251,7 +252,7 @@ def play(script, scene, options, record=None):
     command = [sys.executable, script, "--port", "0"]
     if record:
         command[1:1] = [str(RECORDER), record]
-    with Server(script, TIMEOUT, command) as server:
+    with Server(script, options.timeout, command) as server:
         crowd = SCENES[scene](server.host, server.port, options)
         crowd.run()
     if crowd.mistakes:
@@ -325,13 +326,14 @@ def cost(traces):
     ]
     for trace in traces:
         crowds = trace.crowd, trace.untraced
+        columns = [[f"{crowd.elapsed:.2f} s" for crowd in crowds]]
         infos = [crowd.info for crowd in crowds]
-        cells = [" / ".join(f"{crowd.elapsed:.2f} s" for crowd in crowds)]
         if all("used_cpu_user" in info for info in infos):
-            cells.append(" / ".join(f"{cpu_time(i):.2f} s" for i in infos))
+            columns.append([f"{cpu_time(info):.2f} s" for info in infos])
         if all("polls" in info for info in infos):
-            cells.append(" / ".join(f"{figure(i, 'polls'):,.0f}" for i in infos))
-        row = "".join(cell.rjust(18) for cell in cells)
+            polls = [figure(info, "polls") for info in infos]
+            columns.append([f"{number:,.0f}" for number in polls])
+        row = "".join(" / ".join(pair).rjust(18) for pair in columns)
         lines.append(f"{trace.script:25}{row}")
     return lines
 
@@ -356,8 +358,9 @@ def events(traces):
         duration = round(end - begin, 1)
         add("X", name, pid, tid, arguments, ts=begin, dur=duration)
 
-    for number, trace in enumerate(traces):
-        clients, server = 2 * number + 1, 2 * number + 2
+    for number, trace in enumerate(traces, 1):
+        # A main thread has its process's number.
+        clients, server = 20_000 * number, 20_000 * number + 10_000
         for pid, name in (
             (clients, f"clients of {trace.script}"),
             (server, trace.script),
@@ -365,12 +368,13 @@ def events(traces):
             add("M", "process_name", pid, 0, {"name": name})
             add("M", "process_sort_index", pid, 0, {"sort_index": pid})
         for visitor in trace.crowd.visitors:
-            tid = visitor.number
-            add("M", "thread_name", clients, tid, {"name": f"client {tid}"})
+            tid = clients + visitor.number
+            name = f"client {visitor.number}"
+            add("M", "thread_name", clients, tid, {"name": name})
             for asked, answered in visitor.waits:
                 begin, end = asked - trace.start, answered - trace.start
                 add_span("waits", clients, tid, begin, end)
-        for tid, lane in enumerate(trace.lanes, 1):
+        for tid, lane in enumerate(trace.lanes, server):
             name = ("main: " if lane.main else "") + lane.name()
             add("M", "thread_name", server, tid, {"name": name})
             for state, begin, end, client, calls, failed in lane.calls:
@@ -401,34 +405,40 @@ def command_line():
         help="trace this one; may be given several times (all four)",
     )
     add("--scene", choices=SCENES, default="thinking")
-    add("--connections", type=int, default=8, metavar="N", help="clients (8)")
+    add("--connections", type=int, default=8, help="clients (8)")
+    add("--requests", type=int, default=4, help="of each (4)")
+    add("--think", type=float, default=0.05, help="seconds between (0.05)")
+    add("--timeout", type=float, default=TIMEOUT, help="seconds for a scene")
     add("--svg", metavar="FILE", help="draw the same as a picture")
     add("--json", metavar="FILE", help="for Perfetto, speedscope and the like")
     options = parser.parse_args()
-    if not 2 <= options.connections <= 100:
-        parser.error("--connections takes 2 to 100")
-    options.requests, options.think, options.timeout = 4, 0.05, TIMEOUT
+    if not (0 < options.connections < 10_000 and options.requests > 0):
+        parser.error("it takes 1 to 9999 connections, and at least 1 request")
+    if not (0 <= options.think < 1e6 and 0 < options.timeout < 1e6):
+        parser.error("--think takes 0 or more seconds, --timeout more than 0")
     return options
 
 
 def main():
     options = command_line()
+    raise_descriptor_limit(options.connections + 20)
     scripts = options.server or [
         os.path.relpath(ROOT / script) for script in SCRIPTS.values()
     ]
     traces = [trace(script, options.scene, options) for script in scripts]
     scale = max(trace.elapsed for trace in traces)
-    title = f"{options.connections} clients: {SCENES[options.scene].title}"
+    title = SCENES[options.scene].title.format(**vars(options))
+    title = f"{options.connections} clients: {title}"
     print(title, machine(), "", *legend(), sep="\n")
     for each in traces:
         print("", *drawing(each, scale), *figures(each), sep="\n")
     print("", *cost(traces), sep="\n")
     if options.svg:
         write(options.svg, picture(traces, title).lines())
-        print(f"\nThe picture is in {options.svg}.")
+        print(f"\nThe same is drawn in {options.svg}.")
     if options.json:
         write(options.json, [json.dumps(events(traces)) + "\n"])
-        print(f"\nThe record is in {options.json}.")
+        print(f"\nPerfetto and the like open {options.json}.")
 
 
 if __name__ == "__main__":
