@@ -13,9 +13,8 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from conftest import HERE, SCRIPTS, SERVERS_DIR, wait_for
+from conftest import HERE, SCRIPTS, SERVERS_DIR
 
-LIMIT = 120  # seconds, on a loaded machine
 CLIENTS = 2
 SVG = "{http://www.w3.org/2000/svg}"
 PATHS = {name: SERVERS_DIR / script for name, script in SCRIPTS.items()}
@@ -26,13 +25,12 @@ def run(*options, encoding="utf-8"):
     command = [sys.executable, HERE / "bench" / "trace.py", *options]
     result = subprocess.run(
         list(map(str, command)),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        timeout=LIMIT,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,  # seconds, on a loaded machine
         env={**os.environ, "PYTHONIOENCODING": encoding},
     )
-    return result.returncode, result.stdout.decode(), result.stderr.decode()
+    return result.returncode, result.stdout, result.stderr
 
 
 class Traced:
@@ -47,17 +45,14 @@ class Traced:
         status, self.out, err = run(*options, encoding=encoding)
         assert (status, err) == (0, "")
         self.svg = files[1].read_text("utf-8")
-        self.events = json.loads(files[0].read_text())["traceEvents"]
         self.named = {}  # (process, thread or 0): its name
         self.spans = collections.defaultdict(list)  # the same: its spans
-        for event in self.events:
+        for event in json.loads(files[0].read_text())["traceEvents"]:
             key = event["pid"], event["tid"]
-            if event["name"] == "process_sort_index":
-                continue
-            if event["ph"] == "M":
-                self.named[key] = event["args"]["name"]
-            else:
+            if event["ph"] == "X":
                 self.spans[key].append(event)
+            elif event["name"] in ("process_name", "thread_name"):
+                self.named[key] = event["args"]["name"]
 
     def lanes(self, name):
         """Return {what a thread is for: its spans} of a server's process."""
@@ -70,7 +65,7 @@ class Traced:
         }
 
     def waits(self, name):
-        """Return the spans in which the clients of a server wait."""
+        """Return {a client of a server: the spans in which it waits}."""
         return self.lanes(f"clients of {SCRIPTS[name]}")
 
 
@@ -114,10 +109,8 @@ def test_multi(thinking):
     """A thread for each client, asleep in recv; the main one in accept."""
     lanes = thinking.lanes("multi")
     assert shares(lanes.pop("main: accepts"))["accept"] > 0.7
-    names = {f"serves client {n + 1}" for n in range(CLIENTS)}
-    assert set(lanes) == names
-    for spans in lanes.values():
-        assert shares(spans)["recv"] > 0.7
+    assert set(lanes) == {f"serves client {n + 1}" for n in range(CLIENTS)}
+    assert all(shares(spans)["recv"] > 0.7 for spans in lanes.values())
 
 
 def test_busy(thinking):
@@ -125,11 +118,9 @@ def test_busy(thinking):
     ((_, spans),) = thinking.lanes("busy").items()
     assert shares(spans)["poll"] > 0.5
     assert shares(spans)["sleep"] == shares(spans)["queue"] == 0
-    others = [span for span in spans if span["name"] != "poll"]
-    assert max(span["dur"] for span in others) < 50_000
     polls = [span for span in spans if span["name"] == "poll"]
     calls = sum(span["args"]["calls"] for span in polls)
-    assert calls > 100 and len(polls) <= len(others) + 1
+    assert calls > 100 and len(polls) <= len(spans) // 2 + 1
     table = thinking.out.partition("3_busy")[2]
     vain = re.search(r"^in vain +(\S+) +(\S+)", table, re.M).groups()
     assert sum(int(text.replace(",", "")) for text in vain) == calls
@@ -142,8 +133,7 @@ def test_kqueue(thinking, name):
     loop, main = lanes["event loop"], lanes["main: waits for another thread"]
     assert len(lanes) == 2
     assert shares(loop)["queue"] > 0.7 and shares(main)["lock"] > 0.9
-    calls = {span["name"] for span in loop}
-    assert calls <= {"queue", "accept", "recv", "send", "lock"}
+    assert shares(loop)["sleep"] == shares(loop)["poll"] == 0
     assert not any("failed" in span["args"] for span in loop)
 
 
@@ -154,21 +144,19 @@ def test_a_handler_that_blocks(tmp_path):
     """
     names = "multi", "kqueue"
     traced = Traced(tmp_path, "blocking", *names, encoding="ascii")
-    for name, lane in zip(names, ["serves client 1", "event loop"]):
-        lanes = traced.lanes(name)
-        sleeps = {
-            text: span["dur"]
+    for name, lane, waiting in zip(
+        names, ["serves client 1", "event loop"], [1, CLIENTS]
+    ):
+        lanes, clients = traced.lanes(name), traced.waits(name).values()
+        asleep = [
+            (text, span["dur"] > 490_000)
             for text, spans in lanes.items()
             for span in spans
             if span["name"] == "sleep"
-        }
-        assert list(sleeps) == [lane] and sleeps[lane] >= 490_000
-        waiting = [
-            client
-            for client, waits in traced.waits(name).items()
-            if any(wait["dur"] > 400_000 for wait in waits)
         ]
-        assert len(waiting) == (CLIENTS if name == "kqueue" else 1)
+        assert asleep == [(lane, True)]
+        longest = [max(wait["dur"] for wait in waits) for waits in clients]
+        assert sum(wait > 400_000 for wait in longest) == waiting
     assert traced.out.isascii()
     assert re.search(r"^thread 2 .*\|zzzz", traced.out, re.M)
 
@@ -179,25 +167,19 @@ def test_a_client_that_goes_quiet(tmp_path):
     (spans,) = traced.lanes("single").values()
     longest = max(spans, key=lambda span: span["dur"])
     assert (longest["name"], longest["args"]) == ("recv", {"client": 1})
-    for client, waits in traced.waits("single").items():
-        assert client == "client 1" or end(waits[0]) >= end(longest)
+    waits = traced.waits("single")["client 2"]
+    assert end(waits[0]) >= end(longest)
 
 
 def test_json(thinking):
     """Chrome's Trace Event Format: names, and spans that do not overlap."""
     names = set("accept recv send queue sleep poll lock waits".split())
-    about = "process_name", "process_sort_index", "thread_name"
     keys = set("ph name pid tid ts dur args".split())
-    for event in thinking.events:
-        if event["ph"] == "M":
-            assert event["name"] in about
-        else:
-            assert set(event) == keys
-            assert event["ph"] == "X" and event["name"] in names
     for key, spans in thinking.spans.items():
         assert key in thinking.named
         now = 0
         for span in spans:
+            assert set(span) == keys and span["name"] in names
             assert span["ts"] >= now - 0.2 and span["dur"] >= 0  # rounded
             now = end(span)
 
@@ -218,13 +200,11 @@ def test_drawing(thinking):
 def test_svg(thinking):
     """Well-formed, without a script, each server named and each call."""
     root = ElementTree.fromstring(thinking.svg)
-    kinds = {element.tag for element in root.iter()}
-    allowed = "svg", "title", "style", "rect", "text", "line"
-    assert kinds == {SVG + tag for tag in allowed}
+    kinds = {element.tag[len(SVG) :] for element in root.iter()}
+    assert kinds == set("svg title style rect text line".split())
     texts = [element.text for element in root.iter(SVG + "text")]
-    for script in SCRIPTS.values():
-        assert any(text.startswith(script) for text in texts)
-    assert "thread 2" in texts and "in the queue" in texts
+    titles = [text.partition(": ")[0] for text in texts]
+    assert {*SCRIPTS.values(), "thread 2", "in the queue", "1"} <= {*titles}
     assert "prefers-color-scheme: dark" in thinking.svg
 
 
@@ -233,24 +213,20 @@ def test_bad_scripts(tmp_path):
     missing = tmp_path / "missing.py"
     status, out, err = run("--server", missing)
     assert status == 1 and out == ""
-    assert err == f"trace.py: cannot read {missing}: No such file or directory\n"
-    script = tmp_path / "leaves.py"
+    assert err.startswith(f"trace.py: cannot read {missing}: No such")
+    assert err.count("\n") == 1
+    script = tmp_path / "rude.py"
     script.write_text(
-        "import os, socket, sys\n"
+        "import os, socket, sys, time\n"
         "print(os.getpid(), file=sys.stderr)\n"
         "listener = socket.create_server(('127.0.0.1', 0))\n"
-        "print('listening on 127.0.0.1:%d' % listener.getsockname()[1],"
-        " flush=True)\n"
-        "listener.accept()\n"
+        "port = listener.getsockname()[1]\n"
+        "print(f'listening on 127.0.0.1:{port}', flush=True)\n"
+        "listener.accept()[0].close()\n"
+        "time.sleep(60)\n"
     )
     status, out, err = run("--server", script)
     pid, sentence = err.splitlines()
-    assert status == 1 and re.match("trace.py: .*leaves.py", sentence)
-
-    def gone():
-        try:
-            return os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return True
-
-    wait_for(gone, "the server has ended")
+    assert status == 1 and sentence.startswith(f"trace.py: {script}: ")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)

@@ -254,9 +254,12 @@ def play(script, scene, options, record=None):
         command[1:1] = [str(RECORDER), record]
     with Server(script, options.timeout, command) as server:
         crowd = SCENES[scene](server.host, server.port, options)
-        crowd.run()
+        try:
+            crowd.run()
+        except (Failed, OSError) as error:
+            raise Failed(f"{script}: {error}") from None
     if crowd.mistakes:
-        raise Failed(f"{script}: wrong: {crowd.mistakes[0]}")
+        raise Failed(f"{script}: {crowd.mistakes[0]}")
     return crowd
 
 
