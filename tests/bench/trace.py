@@ -46,6 +46,9 @@ from lanes import MARGIN, drawing, legend, picture
 RECORDER = Path(__file__).with_name("recorder.py")
 LEAST = 0.0005  # of the time; what is less is not worth a word
 QUIET = 0.6  # seconds that the quiet client stays
+# Seconds until a server is told to end: a signal may be lost on a thread that
+# is just about to go to sleep in a call.
+SETTLE = 0.05
 CALLS = ["accept", "recv", "send", "queue", "sleep", "lock"]
 STATES = CALLS + ["poll", "running"]  # what a thread can be in
 
@@ -258,6 +261,7 @@ def play(script, scene, options, record=None):
             crowd.run()
         except (Failed, OSError) as error:
             raise Failed(f"{script}: {error}") from None
+        time.sleep(SETTLE)
     if crowd.mistakes:
         raise Failed(f"{script}: {crowd.mistakes[0]}")
     return crowd
