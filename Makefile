@@ -7,6 +7,7 @@ CONNECTIONS = 8
 REQUESTS = 4
 THINK = 0.05
 TIMEOUT = 30
+SCENE = thinking
 
 SINGLE = 1_single_blocking
 MULTI = 2_multi_blocking
@@ -27,14 +28,17 @@ help:
 	@echo 'make diff         compare what the four servers replied'
 	@echo
 	@echo 'make compare      what each pattern costs, asked of all four'
+	@echo 'make trace        where each server waits: its threads, from inside'
 	@echo 'make scale        1 to 10,000 connections, as a plot'
 	@echo 'make bench        requests per second, with redis-benchmark'
 	@echo 'make syscalls     which system calls each pattern makes (Linux)'
 	@echo 'make pictures     the plots as SVG files, in build/'
 	@echo
 	@echo 'make test         run the tests, in a virtual environment of their own'
+	@echo 'make test-all     those that take longer, too (some minutes)'
 	@echo 'make clean        remove all that was made (build/)'
 	@echo
+	@echo 'SCENE= chooses what is traced:  make trace SCENE=blocking (or quiet)'
 	@echo 'PYTHON= chooses the interpreter:  make demo PYTHON=pypy3'
 	@echo 'More clients that think for longer, and wait for longer than 30 s:'
 	@echo '  make demo-kqueue CONNECTIONS=1000 REQUESTS=4 THINK=0.5 TIMEOUT=60'
@@ -45,6 +49,9 @@ demo:
 
 compare:
 	@$(PYTHON) tests/bench/compare.py
+
+trace:
+	@$(PYTHON) tests/bench/trace.py $(CLIENTS) --scene $(SCENE)
 
 scale:
 	@$(PYTHON) tests/bench/scale.py
@@ -57,6 +64,8 @@ syscalls:
 
 pictures:
 	@$(PYTHON) tests/bench/pictures.py $(CLIENTS) --svg build/demo.svg
+	@$(PYTHON) tests/bench/trace.py $(CLIENTS) --svg build/trace.svg >/dev/null
+	@echo 'Where each server waits is drawn in build/trace.svg.'
 	@$(PYTHON) tests/bench/scale.py --svg build/scale.svg
 
 demo-single:
@@ -96,17 +105,18 @@ diff: $(TRANSCRIPTS)
 # A virtual environment for each interpreter, made when it is first needed.
 VERSION = import platform as p; print(p.python_implementation(), p.python_version(), sep="-")
 
-test:
+test test-all:
 	@venv=build/venv-`$(PYTHON) -c '$(VERSION)'`; \
 	if test ! -f $$venv/ready; then \
 	  $(PYTHON) -m venv $$venv && \
 	  $$venv/bin/python -m pip install -q --disable-pip-version-check pytest && \
 	  touch $$venv/ready; \
 	fi && PYTHONDONTWRITEBYTECODE=1 \
-	  $$venv/bin/python -m pytest -q -p no:cacheprovider tests
+	  $$venv/bin/python -m pytest -q -p no:cacheprovider tests \
+	  `test $@ = test || echo --slow`
 
 clean:
 	rm -rf build
 
 .PHONY: help demo demo-single demo-multi demo-busy demo-kqueue diff compare \
-	scale bench syscalls pictures test clean
+	trace scale bench syscalls pictures test test-all clean

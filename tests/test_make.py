@@ -51,7 +51,8 @@ def test_help(make, copy):
     status, output = run(copy, make)
     assert status == 0, output
     targets = "demo demo-single demo-multi demo-busy demo-kqueue diff compare"
-    for target in f"{targets} scale bench syscalls pictures test clean".split():
+    targets += " trace scale bench syscalls pictures test test-all clean"
+    for target in targets.split():
         assert f"make {target}" in output
         assert run(copy, make, "-n", target)[0] == 0
 
