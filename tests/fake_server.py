@@ -67,5 +67,10 @@ def right(words):
 
 
 def spoiled(command, wrong):
-    """Return a function that replies rightly, but to one command."""
-    return lambda words: wrong if words[0] == command else right(words)
+    """Return a function that does all rightly, but replies to one command."""
+
+    def reply(words):
+        rightly = right(words)
+        return wrong if words[0] == command else rightly
+
+    return reply
