@@ -55,6 +55,7 @@ class TCPServer:
         """Serve until a signal ends the program."""
         while True:
             try:
+                signal.setitimer(signal.ITIMER_REAL, 0.3)  # as in main()
                 connection, address = self.listener.accept()
             except OSError as error:
                 if error.errno in SHORTAGE:  # others are that client's own
