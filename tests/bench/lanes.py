@@ -183,7 +183,7 @@ def add_server(page, y, trace, pixels):
             page.bar(state, x, y, max(width, least), THREAD - 2, says)
         for state, begin, end, client, *_ in spans:
             words = str(client or state)
-            if (end - begin) * pixels > 7 * len(words) and KINDS[state][3]:
+            if (end - begin) * pixels > 7 * len(words) + 4 and KINDS[state][3]:
                 x = LEFT + (begin + end) / 2 * pixels
                 kind = f"tick {KINDS[state][3]}"
                 page.text(x, y + 11, words, kind, "middle")

@@ -234,7 +234,7 @@ class Lane:
             return "event loop"
         if "poll" in states:
             return "polls everybody in turn"
-        if states <= {"lock"}:
+        if self.is_beside():
             return "waits for another thread"
         if len(clients) == 1 and "accept" not in states:
             return f"serves client {min(clients)}"
@@ -244,7 +244,7 @@ class Lane:
 
     def is_beside(self):
         """Return whether the thread only waits for another one."""
-        return all(call.state == "lock" for call in self.calls)
+        return {call.state for call in self.calls} == {"lock"}
 
 
 def play(script, scene, options, record=None):
