@@ -156,7 +156,7 @@ MAX_LINE = 64 * 1024  # bytes; it is read again and again until its end comes
 REPLIES_AT_ONCE = 64 * 1024  # bytes; more requests wait until these are sent
 INT64 = range(-(2**63), 2**63)
 SLEEP = re.compile(rb"(?i)debug sleep ([0-9]|[0-9]?\.[0-9]+|10)")  # seconds
-CHANGES = {b"set", b"incr", b"incrby"}  # what these do outlives the client
+CHANGES = {b"set", b"incr", b"incrby", b"quit"}  # even if the client is gone
 COUNTS = {b"*%d\r\n" % n: n for n in range(MAX_WORDS + 1)}  # faster than int
 SIZES = {b"$%d\r\n" % n: n for n in range(1024)}
 
