@@ -215,6 +215,7 @@ except ImportError:
     class kqueue:
         def __init__(self):
             self.epoll = select.epoll()
+            self.watched = {}  # descriptor: the kevent that asked for it
 
         def control(self, changes, max_events, timeout=None):
             for change in changes or ():
@@ -223,8 +224,9 @@ except ImportError:
                 else:
                     with contextlib.suppress(FileExistsError):
                         self.epoll.register(change.ident, change.filter)
+                    self.watched[change.ident] = change
             ready = self.epoll.poll(timeout, max_events) if max_events else []
-            return [kevent(ident, mask, KQ_EV_ADD) for ident, mask in ready]
+            return [self.watched[ident] for ident, mask in ready]
 
 
 # ---- The application: a key-value store that speaks Redis -------------------
