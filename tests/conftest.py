@@ -140,11 +140,12 @@ def ping(sock):
     talk(sock, b"PING\r\n", b"+PONG\r\n")
 
 
-def send_what_fits(sock, data):
+def send_what_fits(sock, data, patience=0.2):
     """Send until there is no room for more; return how much was sent."""
     view, sent = memoryview(data), 0
-    while sent < len(data) and select.select([], [sock], [], 0.2)[1]:
-        sent += sock.send(view[sent:], socket.MSG_DONTWAIT)
+    with contextlib.suppress(ConnectionError):
+        while sent < len(data) and select.select([], [sock], [], patience)[1]:
+            sent += sock.send(view[sent:], socket.MSG_DONTWAIT)
     return sent
 
 
