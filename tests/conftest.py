@@ -291,6 +291,13 @@ class Server:
             return int(self.info()["threads"]), None
         return tuple(len(os.listdir(self.proc(d))) for d in ("task", "fd"))
 
+    def socket_flags(self):
+        """Yield the flags of all descriptors that are sockets."""
+        for link in self.proc("fd").iterdir():
+            if os.readlink(link).startswith("socket:"):
+                text = self.proc(f"fdinfo/{link.name}").read_text()
+                yield int(re.search(r"flags:\s*([0-7]+)", text)[1], 8)
+
     def stop(self, *signals):
         """End it with signals (SIGTERM if none is given)."""
         started = time.monotonic()

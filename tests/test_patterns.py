@@ -44,7 +44,6 @@ from conftest import (
     wait_for,
 )
 
-O_NONBLOCK = 0o4000  # as /proc shows it
 NAMES = {
     "single": "single-threaded blocking",
     "multi": "multi-threaded blocking",
@@ -140,22 +139,14 @@ def test_threads_and_sockets(server):
     assert int(server.info(socks[0])["threads"]) == alone + 8 * each
     if PROC:
         assert before[0] == alone and server.held()[0] == alone + 8 * each
-        flags = list(socket_flags(server))
+        flags = list(server.socket_flags())
         assert len(flags) == (9 if server.name in MANY else 2)
-        assert {bool(flag & O_NONBLOCK) for flag in flags} == {
+        assert {bool(flag & os.O_NONBLOCK) for flag in flags} == {
             server.name in ("busy", "kqueue")
         }
     for sock in socks:
         sock.close()
     wait_for(lambda: server.held() == before, "all is as it was")
-
-
-def socket_flags(server):
-    """Return the flags of all descriptors that are sockets."""
-    for link in server.proc("fd").iterdir():
-        if os.readlink(link).startswith("socket:"):
-            text = server.proc(f"fdinfo/{link.name}").read_text()
-            yield int(re.search(r"flags:\s*([0-7]+)", text)[1], 8)
 
 
 def test_what_waiting_costs(start):
