@@ -45,14 +45,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes long, runs with --slow")
+    config.addinivalue_line("markers", "slow: runs with --slow only")
 
 
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="runs with --slow"))
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("slow") and not item.config.option.slow:
+        pytest.skip("takes long, runs with --slow only")
 
 
 def wait_for(condition, what, patience=PATIENCE):
@@ -80,9 +78,6 @@ def together(function, *items):
     return [result.result() for result in results.values()]
 
 
-# ---- The text of the servers ------------------------------------------------
-
-
 def text_of(name):
     return (SERVERS_DIR / SCRIPTS[name]).read_text(encoding="utf-8")
 
@@ -92,15 +87,8 @@ def load(name):
     path = SERVERS_DIR / SCRIPTS[name]
     spec = importlib.util.spec_from_file_location(f"server_{name}", path)
     module = importlib.util.module_from_spec(spec)
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = before
+    spec.loader.exec_module(module)
     return module
-
-
-# ---- Bytes ------------------------------------------------------------------
 
 
 def array(*words):
@@ -155,18 +143,11 @@ def is_readable(sock, seconds=0):
 
 
 def is_over(sock):
-    """Return whether the server has ended this connection, and said nothing.
-
-    Never waits.
-    """
-    if not is_readable(sock):
-        return False
+    """Return whether the server has ended this connection. Never waits."""
     try:
-        data = sock.recv(1)
+        return is_readable(sock) and not sock.recv(1, socket.MSG_PEEK)
     except ConnectionError:
         return True
-    assert data == b"", data
-    return True
 
 
 def bytes_in(sock, queue=termios.FIONREAD):
@@ -189,16 +170,11 @@ def reset(sock):
 
 # ---- Servers ----------------------------------------------------------------
 
-RUN = """
-import runpy, sys
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def command(name, *options, prelude=""):
     """Return the command that starts a script, after `prelude` if given."""
-    before = ["-c", prelude + RUN] if prelude else []
+    run = "\nimport runpy, sys; del sys.argv[0]"
+    run += "\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    before = ["-c", prelude + run] if prelude else []
     script = SERVERS_DIR / SCRIPTS[name]
     return [sys.executable, *before, str(script), *map(str, options)]
 
@@ -207,7 +183,7 @@ class Server:
     """A script that runs as a process of its own, on a free port."""
 
     def __init__(self, name, *options, shell=None, env=(), prelude=""):
-        """Start it; `shell` is a script for sh that runs it as "$0" "$@"."""
+        """Start it. `shell` is a script for sh that runs it: "$0" "$@"."""
         self.name = name
         self.sockets = []
         self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
@@ -269,19 +245,16 @@ class Server:
             with self.connect() as sock:
                 return self.info(sock)
         sock.sendall(b"INFO\r\n")
-        header = b""
-        while not header.endswith(b"\n"):
-            byte = sock.recv(1)
-            assert byte, f"the server closed after {header!r}"
-            header += byte
-        lines = read_exactly(sock, int(header[1:]) + 2).decode().split("\r\n")
+        with sock.makefile("rb") as replies:
+            size = int(replies.readline()[1:])
+            lines = replies.read(size + 2).decode().split("\r\n")
         return dict(line.split(":", 1) for line in lines if ":" in line)
 
     def proc(self, path):
         return Path(f"/proc/{self.pid}/{path}")
 
-    def memory(self, name="VmRSS"):
-        """Return a figure of /proc/PID/status, in bytes."""
+    def memory(self, name="VmHWM"):
+        """Return a figure of /proc/PID/status, in bytes; the peak, if none."""
         status = self.proc("status").read_text()
         return int(re.search(rf"{name}:\s*(\d+) kB", status)[1]) * 1024
 
@@ -291,12 +264,16 @@ class Server:
             return int(self.info()["threads"]), None
         return tuple(len(os.listdir(self.proc(d))) for d in ("task", "fd"))
 
-    def socket_flags(self):
-        """Yield the flags of all descriptors that are sockets."""
-        for link in self.proc("fd").iterdir():
-            if os.readlink(link).startswith("socket:"):
-                text = self.proc(f"fdinfo/{link.name}").read_text()
-                yield int(re.search(r"flags:\s*([0-7]+)", text)[1], 8)
+    def nonblocking(self):
+        """Return whether it is O_NONBLOCK, for each socket."""
+        links = self.proc("fd").iterdir()
+        texts = [
+            self.proc(f"fdinfo/{link.name}").read_text()
+            for link in links
+            if os.readlink(link).startswith("socket:")
+        ]
+        flags = [re.search(r"flags:\s*([0-7]+)", text)[1] for text in texts]
+        return [bool(int(flag, 8) & os.O_NONBLOCK) for flag in flags]
 
     def stop(self, *signals):
         """End it with signals (SIGTERM if none is given)."""

@@ -189,8 +189,7 @@ def test_accepted_sockets(loop, inherits):
     talk(sock, b"GE", b"")
     server.ping()
     talk(sock, b"T a\r\n", b"$-1\r\n")
-    flags = list(server.socket_flags())
-    assert len(flags) == 3 and all(flag & os.O_NONBLOCK for flag in flags)
+    assert server.nonblocking() == [True] * 3
     assert len(read_exactly(writer, 1_000_000)) == 1_000_000
 
 
