@@ -264,6 +264,13 @@ class Server:
             return int(self.info()["threads"]), None
         return tuple(len(os.listdir(self.proc(d))) for d in ("task", "fd"))
 
+    def held_at_rest(self):
+        """Return the same with nobody connected."""
+        self.ping()  # what it opens once, it has opened now
+        if self.name == "multi":
+            wait_for(lambda: self.held()[0] == 1, "the thread is gone")
+        return self.held()
+
     def nonblocking(self):
         """Return whether it is O_NONBLOCK, for each socket."""
         links = self.proc("fd").iterdir()

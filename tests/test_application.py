@@ -15,14 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import (
-    PATIENCE,
-    SCRIPTS,
-    array,
-    bulk,
-    load,
-    text_of,
-    wait_for,
-)
+    PATIENCE, SCRIPTS, array, bulk, load, text_of, wait_for,
+)  # fmt: skip
 
 MARK = "# ---- The application"
 KIB, MIB = 1024, 1024 * 1024
@@ -144,34 +138,23 @@ def test_replies(new, case):
 def test_half_a_request_waits(new):
     """Without a complete request there is no reply, however often asked."""
     one, two = new(), new()
-    assert answer(one, b"", b"*2\r\n$3\r\nGET\r\n", b"", b"$1\r\n") == (
-        b"",
-        False,
-    )
+    half = b"*2\r\n$3\r\nGET\r\n", b"", b"$1\r\n"
+    assert answer(one, *half) == (b"", False)
     assert answer(two, b"SET a 1\r\nPIN") == (OK, False)
     assert answer(one, b"a\r\n", b"") == (bulk(b"1"), False)
     assert answer(two, b"G\r\n") == (PONG, False)
 
 
-@pytest.mark.parametrize("step", [1000, 1460, 65536])
-def test_long_words_in_pieces(new, step):
-    """A word that takes many reads arrives as it was sent."""
-    value = bytes(range(256)) * 2000
-    stream = array(b"SET", b"a", value) + b"GET a\r\n"
-    pieces = [stream[at : at + step] for at in range(0, len(stream), step)]
-    assert answer(new(), *pieces) == (OK + bulk(value), False)
-
-
 def test_pieces_of_a_request_cost_no_more_each_time(module, new, monkeypatch):
-    """A long word is not looked through again at every read."""
+    """A long word arrives as it was sent, and is not read at each read."""
     looks = []
     look = module.next_request
     monkeypatch.setattr(
         module, "next_request", lambda stream: looks.append(1) or look(stream)
     )
-    stream = array(b"ECHO", b"v" * 100_000)
+    stream = array(b"ECHO", ANY * 400)
     pieces = [stream[at : at + 100] for at in range(0, len(stream), 100)]
-    assert answer(new(), *pieces) == (bulk(b"v" * 100_000), False)
+    assert answer(new(), *pieces) == (bulk(ANY * 400), False)
     assert 1 <= len(looks) < 20
 
 
@@ -212,7 +195,6 @@ def test_quit(new):
         (b"hello 2\r\n", b"*14\r\n", b":2\r\n", NIL),
         (array(b"HELLO", b"3"), b"%7\r\n", b":3\r\n", b"_\r\n"),
         (b"HELLO 3\r\nHELLO 2\r\n", b"*14\r\n", b":2\r\n", NIL),
-        (b"HELLO 3\r\nHELLO 4\r\n", b"-NOPROTO", b":3\r\n", b"_\r\n"),
     ],
 )
 def test_hello(new, request_, head, proto, nothing):
@@ -223,19 +205,13 @@ def test_hello(new, request_, head, proto, nothing):
     for key in b"server version proto id mode role modules".split():
         assert replies.count(bulk(key)) >= 1
     assert bulk(b"proto") + proto in replies and b"+" not in replies
-    assert answer(one, b"GET a\r\nSET a 1\r\nGET a\r\n") == (
-        nothing + OK + bulk(b"1"),
-        False,
-    )
+    expected = nothing + OK + bulk(b"1"), False
+    assert answer(one, b"GET a\r\nSET a 1\r\nGET a\r\n") == expected
     assert answer(other, b"GET b\r\n") == (NIL, False)
-
-
-@pytest.mark.parametrize("version", [b"1", b"4", b"x", b"03", b""])
-def test_hello_of_other_versions(new, version):
-    """They are refused, and change nothing."""
-    refusal = b"-NOPROTO unsupported protocol version\r\n"
-    request = array(b"HELLO", version) + b"GET a\r\n"
-    assert answer(new(), request) == (refusal + NIL, False)
+    for version in b"1", b"4", b"x", b"03", b"":
+        refusal = b"-NOPROTO unsupported protocol version\r\n"
+        request = array(b"HELLO", version) + b"GET b\r\n"
+        assert answer(one, request) == (refusal + nothing, False)
 
 
 # ---- What is refused --------------------------------------------------------
@@ -355,19 +331,14 @@ def test_one_handler_that_blocks_at_once(new):
     assert all_replies(conversation) == [OK, b""]
 
 
-@pytest.mark.parametrize("seconds", b"x nan inf -1 10.01 11 1e300 1_0".split())
-def test_nonsense_to_sleep(new, seconds):
+def test_nonsense_to_sleep(new):
     """DEBUG SLEEP with nonsense is refused, and nobody sleeps."""
-    for request in (
-        b"DEBUG SLEEP %b\r\n" % seconds,
-        b"DEBUG SLEEP 1 1\r\n",
-        b"DEBUG SLEEP\r\n",
-        b"DEBUG JUMP 1\r\n",
-    ):
-        started = time.monotonic()
-        replies, finished = answer(new(), request + b"PING\r\n")
+    words = b"x,nan,inf,-1,10.01,11,1e300,1_0,1 1,".split(b",")
+    started = time.monotonic()
+    for request in [b"SLEEP " + word for word in words] + [b"JUMP 1"]:
+        replies, _ = answer(new(), b"DEBUG %b\r\nPING\r\n" % request)
         assert replies.startswith(b"-ERR ") and replies.endswith(PONG)
-        assert time.monotonic() - started < 0.9
+    assert time.monotonic() - started < 0.9
 
 
 def test_nobody_takes_the_replies(new):
@@ -385,44 +356,28 @@ def test_nobody_takes_the_replies(new):
 # ---- Beside the real one ----------------------------------------------------
 
 INTEGERS = [b"0", b"1", b"-1", b"42", MAX, MIN, b"9223372036854775806"]
-TRAPS = [b"1_0", b" 10 ", b"+1", b"010", b"-0", b"", b"1.5", b"x", b"1" * 21]
 SIZES = {b"PING": 1, b"ECHO": 1, b"GET": 1, b"SET": 2, b"INCR": 1, b"INCRBY": 2}
 
 
 def random_conversation(rng):
     """Return requests of all kinds, that differ from Redis's in no way."""
-
-    def word(inline):
-        kind = rng.random()
-        if kind < 0.5:
-            return rng.choice([b"a", b"b", b"c"])
-        if kind < 0.75:
-            return rng.choice(INTEGERS)
-        if inline:
-            return bytes(rng.choices(b"xyz019+-_.:$\xe9\xff", k=5))
-        if kind < 0.9:
-            return rng.choice(TRAPS)
-        size = rng.choice([0, 5, 100, 20_000])
-        return rng.getrandbits(8 * size + 1).to_bytes(size + 1, "big")
-
-    def request():
+    big = bytes(rng.getrandbits(8) for _ in range(5000))
+    requests = [b"\r\n", b"\n", b"*0\r\n", b"*-1\r\n", b" \t\r\n"]
+    for _ in range(rng.randint(1, 15)):
         name = rng.choice(list(SIZES))
         size = SIZES[name] if rng.random() < 0.85 else rng.randint(0, 4)
-        inline = rng.random() < 0.4
         words = [rng.choice([name, name.lower(), name.title()])]
-        words += [word(inline) for _ in range(size)]
-        if size > 1 and rng.random() < 0.8:
-            words[1] = rng.choice([b"a", b"b", b"c"])
-        if inline:
+        kinds = [[b"a", b"b"], INTEGERS, INTEGERS + [b"x", b"1.5", b"+1"]]
+        if rng.random() < 0.4:
+            words += [rng.choice(rng.choice(kinds)) for _ in range(size)]
             line = rng.choice([b" ", b"\t", b"  "]).join(words)
-            return line + rng.choice([b"\r\n", b"\n", b" \r\n"])
-        return array(*words)
-
-    nothing = [b"\r\n", b"\n", b"*0\r\n", b"*-1\r\n", b" \t\r\n"]
-    return b"".join(
-        request() if rng.random() < 0.9 else rng.choice(nothing)
-        for _ in range(rng.randint(1, 15))
-    )
+            requests.append(line + rng.choice([b"\r\n", b"\n", b" \r\n"]))
+        else:
+            kinds.append([b"1_0", b" 10 ", b"010", b"-0", b"", ANY, big])
+            words += [rng.choice(rng.choice(kinds)) for _ in range(size)]
+            requests.append(array(*words))
+    rng.shuffle(requests)
+    return b"".join(requests)
 
 
 def pieces_of(rng, data):

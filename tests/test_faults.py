@@ -13,27 +13,10 @@ import time
 
 import pytest
 from conftest import (
-    MANY,
-    PATIENCE,
-    PROC,
-    SCRIPTS,
-    array,
-    arrived,
-    bulk,
-    command,
-    frozen,
-    is_over,
-    is_readable,
-    needs_proc,
-    ping,
-    read_exactly,
-    read_to_end,
-    reset,
-    send_what_fits,
-    talk,
-    together,
-    wait_for,
-)
+    MANY, PATIENCE, PROC, SCRIPTS, array, arrived, bulk, command, frozen,
+    is_over, is_readable, needs_proc, ping, read_exactly, read_to_end,
+    reset, send_what_fits, talk, together, wait_for,
+)  # fmt: skip
 
 MIB = 1024 * 1024
 # What a process may grow by, where it could be 5 GB.
@@ -51,10 +34,7 @@ needs_prlimit = pytest.mark.skipif(
 @contextlib.contextmanager
 def nothing_left_behind(server):
     """Whatever clients do in here, nobody else notices, and nothing stays."""
-    server.ping()  # what it opens once, it has opened now
-    if server.name == "multi":
-        wait_for(lambda: server.held()[0] == 1, "the thread is gone")
-    before = server.held()
+    before = server.held_at_rest()
     bystander = server.connect() if server.name in MANY else None
     if bystander:
         talk(bystander, b"*2\r\n$4\r\nEC", b"")  # its request is half there
@@ -156,13 +136,12 @@ def test_all_that_was_sent_is_carried_out(server):
 def test_nobody_works_for_a_ghost(server):
     """Who asks for a lot and resets starves neither the others nor the end."""
     server.ask(SET_BIG)
+    before = server.held_at_rest()
     ghost = server.connect()
-    assert send_what_fits(ghost, b"GET big\r\n" * 500_000) > 100_000
+    assert send_what_fits(ghost, b"GET big\r\n" * 500_000) > MIB
     reset(ghost)
-    started = time.monotonic()
-    for _ in range(20):
-        server.ping()
-    assert time.monotonic() - started < 4
+    server.ping()
+    wait_for(lambda: server.held() == before, "it has left", patience=4)
     server.stop().check()
 
 
@@ -177,7 +156,7 @@ def test_client_that_never_reads(server):
     greedy = server.connect(receive_buffer=64 * 1024)
     sent = send_what_fits(greedy, b"GET big\r\n" * 5_000_000)
     assert sent < 20 * MIB
-    for _ in range(20 if server.name in MANY else 0):
+    if server.name in MANY:
         server.ping()
     assert is_readable(greedy, PATIENCE)
     for _ in range(20):
@@ -371,7 +350,7 @@ def test_who_floods_after_an_error_is_let_go(start):
         end = time.monotonic() + 6
         try:
             while time.monotonic() < end:
-                sock.sendall(b"PING\r\n" * 1000)
+                sock.sendall(b"PING\r\n" * 200_000)
             pytest.fail(f"{name}: it is still there")
         except ConnectionError:
             pass
@@ -419,7 +398,7 @@ def test_no_descriptor_left(start):
 
     def check(name):
         server = start(name)
-        before = server.held()
+        before = server.held_at_rest()
         socks = [server.connect() for _ in range(5 if name in MANY else 1)]
         for sock in socks:
             ping(sock)
@@ -460,7 +439,7 @@ def test_no_thread_left(start):
     """No room for a thread in 2: a line, others are served, it recovers."""
     shell = 'ulimit -s 65536; exec "$0" "$@"'
     server = start("multi", shell=shell, env={"MALLOC_ARENA_MAX": "1"})
-    before = server.held()
+    before = server.held_at_rest()
     room = server.memory("VmSize") + (3 * 64 + 40) * MIB
     resource.prlimit(server.pid, resource.RLIMIT_AS, (room, room))
     socks = [server.connect() for _ in range(10)]
@@ -545,59 +524,42 @@ def test_signals(start, signals, situation):
     together(check, *SCRIPTS)
 
 
-def test_signals_at_the_same_time(start):
-    """SIGINT and SIGTERM that arrive at once end it as one does."""
-
-    def check(name):
-        server = start(name)
-        silent(server)
-        os.kill(server.pid, signal.SIGSTOP)
-        server.stop(ONE, OTHER, signal.SIGCONT).check()
-        assert server.stderr() == ""
-
-    together(check, *SCRIPTS)
-
-
 @pytest.mark.parametrize("number", [ONE, OTHER])
 def test_started_in_the_background(start, number):
-    """Started with & by a script, SIGINT begins ignored, and works yet."""
+    """Started with & by a script, SIGINT begins ignored, and works yet.
+
+    A second signal that arrives at the same time changes nothing.
+    """
 
     def check(name):
         server = start(name, shell='"$0" "$@" & wait $!; echo "status $?"')
         shell, server.pid = server.pid, int(server.info()["process_id"])
         assert server.pid != shell
         ping(server.connect())
-        server.stop(number).check()
-        assert "status 0\n" in server.stdout()
+        os.kill(server.pid, signal.SIGSTOP)
+        also = [ONE] if number == OTHER else []
+        server.stop(number, *also, signal.SIGCONT).check()
+        assert "status 0\n" in server.stdout() and server.stderr() == ""
 
     together(check, *SCRIPTS)
 
 
-SLOW_THREADS = """
-import threading, time
-threading.setprofile(lambda *arguments: time.sleep(0.001))
-"""
-
-
-def stop_early(name, number, prelude=""):
+def stop_early(name, number):
     """Send a signal as soon as the server has said that it listens."""
     server = subprocess.Popen(
-        command(name, "--port", 0, prelude=prelude),
+        command(name, "--port", 0),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     assert b"listening on" in server.stdout.readline()
     server.send_signal(number)
-    started = time.monotonic()
     output, errors = server.communicate(timeout=PATIENCE)
     assert (server.returncode, errors) == (0, b"") and b"threads:" in output
-    assert time.monotonic() - started < 3
 
 
 def test_early_signals(name):
-    """A signal right after the first line, also if threads start slowly."""
+    """A signal right after the first line ends it as any other."""
     together(lambda number: stop_early(name, number), ONE, OTHER)
-    stop_early(name, OTHER, SLOW_THREADS)
 
 
 @pytest.mark.slow
@@ -620,35 +582,39 @@ def test_300_stops_under_load(name, start):
 # ---- Output that nobody takes -----------------------------------------------
 
 
-def free_port():
+def run_where(name, **where):
+    """Run a server whose output leads nowhere; return it and its port."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
+        port = sock.getsockname()[1]
+    process = subprocess.Popen(command(name, "--port", port), **where)
+
+    def served():
+        with contextlib.suppress(ConnectionRefusedError):
+            with socket.create_connection(("127.0.0.1", port), 5) as sock:
+                ping(sock)
+                return True
+
+    wait_for(served, "it serves")
+    return process, port
 
 
-def connected(port):
-    with contextlib.suppress(ConnectionRefusedError):
-        return socket.create_connection(("127.0.0.1", port), PATIENCE)
-
-
-@pytest.mark.parametrize("end", [">&-", ">/dev/full", "| true"])
+@pytest.mark.parametrize("end", ["closed", "full", "gone"])
 def test_nobody_takes_what_it_says(name, end):
-    """Without a stdout it serves, and ends, with status 0, no traceback."""
-    if "full" in end and not os.path.exists("/dev/full"):
-        pytest.skip("there is no /dev/full")
-    port, gone = free_port(), end == "| true"
-    shell = 'exec "$0" "$@" ' + (end if not gone else "")
+    """>&-, >/dev/full, | true: it serves, and ends, without a traceback."""
     reader, writer = os.pipe()
     os.close(reader)
-    process = subprocess.Popen(
-        ["sh", "-c", shell, *command(name, "--port", port)],
-        stdout=writer if gone else subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    where = {"stdout": writer}
+    if end == "closed":
+        where = {"preexec_fn": lambda: os.close(1)}
+    elif end == "full":
+        os.close(writer)
+        if not os.path.exists("/dev/full"):
+            pytest.skip("there is no /dev/full")
+        writer = where["stdout"] = os.open("/dev/full", os.O_WRONLY)
+    process, _ = run_where(name, stderr=subprocess.PIPE, **where)
     os.close(writer)
-    with wait_for(lambda: connected(port), "it listens") as sock:
-        ping(sock)
-        process.terminate()
-        errors = process.communicate(timeout=PATIENCE)[1]
+    process.terminate()
+    errors = process.communicate(timeout=PATIENCE)[1]
     assert (process.returncode, errors) == (0, b"")
 
 
@@ -661,29 +627,23 @@ def test_stuck_reader_of_stderr(name):
         while True:
             os.write(writer, bytes(4096))
     os.set_blocking(writer, True)
-    port = free_port()
-    process = subprocess.Popen(
-        command(name, "--port", port), stdout=subprocess.PIPE, stderr=writer
-    )
-    wait_for(lambda: connected(port), "it listens").close()
+    out = subprocess.PIPE
+    process, port = run_where(name, stdout=out, stderr=writer)
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, 3))
     # Linux sets a descriptor aside before accept waits: the first may be in.
     socks = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
     for sock in socks:
         sock.sendall(b"QUIT\r\n")
-    calls = f"/proc/{process.pid}/task"
+    tasks = f"/proc/{process.pid}/task"
 
     def stuck():
-        return any(
-            open(f"{calls}/{task}/wchan").read().startswith(("pipe", "anon_pipe"))
-            for task in os.listdir(calls)
-        )
+        files = [f"{tasks}/{task}/wchan" for task in os.listdir(tasks)]
+        return any("pipe_write" in open(file).read() for file in files)
 
     wait_for(stuck, "it waits for the reader of its stderr")
-    started = time.monotonic()
     process.terminate()
     assert b"pattern:" in process.communicate(timeout=PATIENCE)[0]
-    assert process.returncode == 0 and time.monotonic() - started < 3
+    assert process.returncode == 0
     os.close(reader)
     os.close(writer)
 
@@ -708,12 +668,9 @@ def refused(name, *options, prelude=""):
 def test_port_is_taken():
     """If the port is taken, one line names it."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        address = "127.0.0.1:%d" % sock.getsockname()[1]
-        for line in together(
-            lambda name: refused(name, "--port", address.split(":")[1]),
-            *SCRIPTS,
-        ):
-            assert address in line
+        port = sock.getsockname()[1]
+        for line in together(lambda n: refused(n, "--port", port), *SCRIPTS):
+            assert f"127.0.0.1:{port}" in line
 
 
 NONSENSE = """--port 70000, --port -1, --port x1, --port 99999999999999999999,
@@ -734,26 +691,22 @@ def test_nonsense_on_the_command_line():
         assert option in line or ascii(value)[1:-1][-9:] in line, (case, line)
 
 
-def test_addresses(name, start):
+def test_addresses(start):
     """127.0.0.1 unless told otherwise; a name, or an address of IPv6."""
-    cases = [(), ("--host", "localhost"), ("--host", "::1")]
-    for options in cases:
-        try:
-            server = start(name, *options)
-        except pytest.fail.Exception:
-            if "::1" not in options or connects_to_itself("::1"):
-                raise
-            continue
-        server.ping()
-        expected = ["127.0.0.1", "::1"] if options else ["127.0.0.1"]
-        assert server.host in expected
-    assert server.host == "::1" or not connects_to_itself("::1")
+    hosts = ["localhost"]
+    with contextlib.suppress(OSError):  # there is no IPv6
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        hosts.append("::1")
 
+    def check(name):
+        assert start(name).host == "127.0.0.1"
+        for host in hosts:
+            server = start(name, "--host", host)
+            server.ping()
+            assert server.host in ("127.0.0.1", "::1")
+        assert server.host in ("127.0.0.1", host)
 
-def connects_to_itself(host):
-    with contextlib.suppress(OSError):
-        socket.create_server((host, 0), family=socket.AF_INET6).close()
-        return True
+    together(check, *SCRIPTS)
 
 
 # ---- The loop of 4 ----------------------------------------------------------

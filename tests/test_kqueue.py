@@ -16,22 +16,9 @@ import socket
 import fake_kqueue
 import pytest
 from conftest import (
-    HERE,
-    PATIENCE,
-    array,
-    arrived,
-    bulk,
-    frozen,
-    is_readable,
-    load,
-    ping,
-    read_exactly,
-    read_to_end,
-    reset,
-    send_what_fits,
-    talk,
-    wait_for,
-)
+    HERE, PATIENCE, array, arrived, bulk, frozen, is_readable, load, ping,
+    read_exactly, read_to_end, reset, send_what_fits, talk, wait_for,
+)  # fmt: skip
 from fake_kqueue import ADD, DELETE, EOF, READ, WRITE
 
 pytestmark = pytest.mark.skipif(

@@ -21,27 +21,10 @@ from collections import defaultdict
 
 import pytest
 from conftest import (
-    MANY,
-    PATIENCE,
-    PROC,
-    SCRIPTS,
-    array,
-    arrived,
-    bulk,
-    bytes_in,
-    frozen,
-    is_over,
-    is_readable,
-    many,
-    needs_proc,
-    ping,
-    read_exactly,
-    read_to_end,
-    talk,
-    text_of,
-    together,
-    wait_for,
-)
+    MANY, PATIENCE, PROC, SCRIPTS, array, arrived, bulk, bytes_in, frozen,
+    is_over, is_readable, many, needs_proc, ping, read_exactly,
+    read_to_end, talk, text_of, together, wait_for,
+)  # fmt: skip
 
 NAMES = {
     "single": "single-threaded blocking",
@@ -133,7 +116,7 @@ def test_threads_and_sockets(server):
     """1; 1 and one for each connection; 1; 2. O_NONBLOCK in 3 and 4 only."""
     alone = 2 if server.name == "kqueue" else 1
     each = 1 if server.name == "multi" else 0
-    before = server.held()
+    before = server.held_at_rest()
     socks = clients(server, 8)
     assert int(server.info(socks[0])["threads"]) == alone + 8 * each
     if PROC:
@@ -328,7 +311,7 @@ def test_answered_at_once(server):
             sleeper.sendall(b"DEBUG SLEEP 0.2\r\n")
             arrived(sleeper)
         assert select.select(pingers, [], [], PATIENCE)[0]
-        at_once = not is_readable(sleeper)
+        at_once = not is_readable(sleeper, 0.05)
         assert read_exactly(sleeper, 5) == b"+OK\r\n"
         for sock in pingers:
             assert read_exactly(sock, 7) == b"+PONG\r\n"
