@@ -4,11 +4,11 @@ The servers stand one folder up, or in the folder that the environment
 variable SERVERS_DIR names. Break a copy there, and see which test finds it.
 """
 
-import itertools
+import contextlib
+import importlib.util
 import os
 import random
 import re
-import resource
 import select
 import signal
 import socket
@@ -16,8 +16,10 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
+import termios
 import time
+from concurrent.futures import ThreadPoolExecutor
+from fcntl import ioctl
 from pathlib import Path
 
 import pytest
@@ -35,11 +37,20 @@ PATIENCE = 30  # seconds; what has not come by then does not come
 PROC = Path("/proc/self/fdinfo").exists()
 
 needs_proc = pytest.mark.skipif(not PROC, reason="looks into Linux's /proc")
-needs_prlimit = pytest.mark.skipif(
-    not (PROC and hasattr(resource, "prlimit")),
-    reason="changes the limits of a running process, with Linux's prlimit",
-)
 many = pytest.mark.parametrize("name", MANY)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run all tests")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs with --slow only")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("slow") and not item.config.option.slow:
+        pytest.skip("takes long, runs with --slow only")
 
 
 def wait_for(condition, what, patience=PATIENCE):
@@ -51,16 +62,38 @@ def wait_for(condition, what, patience=PATIENCE):
             return result
         if time.monotonic() > end:
             pytest.fail(f"waited {patience} seconds in vain: {what}")
-        time.sleep(0.01)
+        time.sleep(0.005)
 
 
-# ---- Bytes ------------------------------------------------------------------
+def together(function, *items):
+    """Call function(item) for all items at the same time.
+
+    Returns what they returned. Raises the first error that one has raised.
+    """
+    with ThreadPoolExecutor(len(items)) as pool:
+        results = {item: pool.submit(function, item) for item in items}
+    for item, result in results.items():
+        if result.exception():
+            print(f"this happened with {item}")
+    return [result.result() for result in results.values()]
+
+
+def text_of(name):
+    return (SERVERS_DIR / SCRIPTS[name]).read_text(encoding="utf-8")
+
+
+def load(name):
+    """Import a script, whose name begins with a digit, from its path."""
+    path = SERVERS_DIR / SCRIPTS[name]
+    spec = importlib.util.spec_from_file_location(f"server_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def array(*words):
     """Return a request as an array of bulk strings."""
-    parts = [b"$%d\r\n%b\r\n" % (len(word), word) for word in words]
-    return b"*%d\r\n%b" % (len(words), b"".join(parts))
+    return b"*%d\r\n%b" % (len(words), b"".join(map(bulk, words)))
 
 
 def bulk(value):
@@ -84,17 +117,6 @@ def read_to_end(sock):
     return b"".join(iter(lambda: sock.recv(1 << 16), b""))
 
 
-def read_bulk(sock):
-    """Read a bulk string, and not a byte more."""
-    header = b""
-    while not header.endswith(b"\n"):
-        byte = sock.recv(1)
-        assert byte, f"the server closed after {header!r}"
-        header += byte
-    assert header.startswith(b"$"), header
-    return read_exactly(sock, int(header[1:]) + 2)[:-2]
-
-
 def talk(sock, request, reply):
     """Send a request, and check that exactly this reply comes."""
     sock.sendall(request)
@@ -106,22 +128,13 @@ def ping(sock):
     talk(sock, b"PING\r\n", b"+PONG\r\n")
 
 
-def exchange(sock, *pieces):
-    """Send the pieces, say that this was all, and read to the end."""
-
-    def send():
-        try:
-            for piece in pieces:
-                sock.sendall(piece)
-            sock.shutdown(socket.SHUT_WR)
-        except OSError:  # the server has closed; its replies tell why
-            pass
-
-    sender = threading.Thread(target=send, daemon=True)
-    sender.start()
-    replies = read_to_end(sock)
-    sender.join(PATIENCE)
-    return replies
+def send_what_fits(sock, data, patience=0.2):
+    """Send until there is no room for more; return how much was sent."""
+    view, sent = memoryview(data), 0
+    with contextlib.suppress(ConnectionError):
+        while sent < len(data) and select.select([], [sock], [], patience)[1]:
+            sent += sock.send(view[sent:], socket.MSG_DONTWAIT)
+    return sent
 
 
 def is_readable(sock, seconds=0):
@@ -130,18 +143,22 @@ def is_readable(sock, seconds=0):
 
 
 def is_over(sock):
-    """Return whether the server has ended this connection, and said nothing.
-
-    Never waits.
-    """
-    if not is_readable(sock):
-        return False
+    """Return whether the server has ended this connection. Never waits."""
     try:
-        data = sock.recv(1)
+        return is_readable(sock) and not sock.recv(1, socket.MSG_PEEK)
     except ConnectionError:
         return True
-    assert data == b"", data
-    return True
+
+
+def bytes_in(sock, queue=termios.FIONREAD):
+    """Return how many bytes wait to be read, or, with TIOCOUTQ, to be sent."""
+    return struct.unpack("i", ioctl(sock, queue, bytes(4)))[0]
+
+
+def arrived(sock):
+    """Wait until all that was sent is with the server (Linux can tell)."""
+    if PROC:
+        wait_for(lambda: not bytes_in(sock, termios.TIOCOUTQ), "it arrives")
 
 
 def reset(sock):
@@ -153,69 +170,30 @@ def reset(sock):
 
 # ---- Servers ----------------------------------------------------------------
 
-RUN = """
-import runpy, sys
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def command(name, options, folder=SERVERS_DIR, prelude=""):
+def command(name, *options, prelude=""):
     """Return the command that starts a script, after `prelude` if given."""
-    script = [str(folder / SCRIPTS[name]), *map(str, options)]
-    return [
-        sys.executable,
-        *(["-c", prelude + RUN] if prelude else []),
-        *script,
-    ]
-
-
-def run_to_end(name, *options, **more):
-    """Run a script that is expected to end by itself."""
-    return subprocess.run(
-        command(name, options, **more),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=PATIENCE,
-        text=True,
-    )
-
-
-class Ended:
-    """How a server has ended."""
-
-    def __init__(self, server, seconds):
-        self.returncode = server.process.returncode
-        self.stdout = server.stdout()
-        self.stderr = server.stderr()
-        self.seconds = seconds
-
-    def check(self):
-        """It ended as it must: status 0, the tally, no traceback."""
-        assert "Traceback" not in self.stderr, self.stderr
-        assert self.returncode == 0, self.stderr
-        for field in "pattern", "threads", "used_cpu_user", "used_cpu_sys":
-            assert re.search(rf"^{field}: .", self.stdout, re.M), self.stdout
+    run = "\nimport runpy, sys; del sys.argv[0]"
+    run += "\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    before = ["-c", prelude + run] if prelude else []
+    script = SERVERS_DIR / SCRIPTS[name]
+    return [sys.executable, *before, str(script), *map(str, options)]
 
 
 class Server:
     """A script that runs as a process of its own, on a free port."""
 
-    def __init__(
-        self, name, *options, preexec=None, shell=None, env=None, **more
-    ):
+    def __init__(self, name, *options, shell=None, env=(), prelude=""):
+        """Start it. `shell` is a script for sh that runs it: "$0" "$@"."""
         self.name = name
         self.sockets = []
-        self.ended = None
         self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-        line = command(name, ["--port", 0, *options], **more)
+        line = command(name, "--port", 0, *options, prelude=prelude)
         self.process = subprocess.Popen(
             line if shell is None else ["sh", "-c", shell, *line],
             stdin=subprocess.DEVNULL,
             stdout=self.out,
             stderr=self.err,
-            preexec_fn=preexec,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, **dict(env)},
             start_new_session=True,  # so that all of it can be killed
         )
         self.pid = self.process.pid
@@ -235,23 +213,27 @@ class Server:
     def stderr(self):
         return os.pread(self.err.fileno(), 1 << 20, 0).decode()
 
-    def connect(self, receive_buffer=None, patience=PATIENCE):
+    def connect(self, receive_buffer=None, segment=None):
         """Return a new connection."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         sock = socket.socket(family)
         self.sockets.append(sock)
-        sock.settimeout(patience)
+        sock.settimeout(PATIENCE)
         if receive_buffer:
             what = socket.SOL_SOCKET, socket.SO_RCVBUF
             sock.setsockopt(*what, receive_buffer)
+        if segment:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, segment)
         sock.connect((self.host, self.port))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
 
-    def ask(self, *pieces):
+    def ask(self, request):
         """Return all that the server replies on a connection of its own."""
         with self.connect() as sock:
-            return exchange(sock, *pieces)
+            sock.sendall(request)
+            sock.shutdown(socket.SHUT_WR)
+            return read_to_end(sock)
 
     def ping(self):
         """Check that a new client is served."""
@@ -263,77 +245,64 @@ class Server:
             with self.connect() as sock:
                 return self.info(sock)
         sock.sendall(b"INFO\r\n")
-        lines = read_bulk(sock).decode().splitlines()
+        with sock.makefile("rb") as replies:
+            size = int(replies.readline()[1:])
+            lines = replies.read(size + 2).decode().split("\r\n")
         return dict(line.split(":", 1) for line in lines if ":" in line)
-
-    def cpu(self, sock=None):
-        """Return the seconds of CPU that the process has used, from INFO."""
-        info = self.info(sock)
-        return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
 
     def proc(self, path):
         return Path(f"/proc/{self.pid}/{path}")
 
-    def proc_cpu(self):
-        """The same from /proc, which takes no connection."""
-        fields = self.proc("stat").read_text().rpartition(")")[2].split()
-        ticks = int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
-
-    def memory(self, name="VmRSS"):
-        """Return a figure of /proc/PID/status, in bytes."""
+    def memory(self, name="VmHWM"):
+        """Return a figure of /proc/PID/status, in bytes; the peak, if none."""
         status = self.proc("status").read_text()
         return int(re.search(rf"{name}:\s*(\d+) kB", status)[1]) * 1024
 
-    def threads(self):
-        """Return how many threads the kernel knows, or the server itself."""
-        if PROC:
-            return len(os.listdir(self.proc("task")))
-        return int(self.info()["threads"])
+    def held(self):
+        """Return how many threads and descriptors the server has."""
+        if not PROC:
+            return int(self.info()["threads"]), None
+        return tuple(len(os.listdir(self.proc(d))) for d in ("task", "fd"))
 
-    def descriptors(self):
-        """Return how many descriptors are open (0 where nobody can tell)."""
-        return len(os.listdir(self.proc("fd"))) if PROC else 0
-
-    def wait_until_left(self, baseline=None):
-        """Wait until nothing of former connections is left behind."""
-
-        def left():
-            return (self.threads(), self.descriptors()) == baseline
-
-        baseline = baseline or self.baseline
-        wait_for(left, f"threads and descriptors are {baseline} again")
-
-    def remember_baseline(self):
-        """Take down what the server holds with nobody connected."""
+    def held_at_rest(self):
+        """Return the same with nobody connected."""
         self.ping()  # what it opens once, it has opened now
         if self.name == "multi":
-            wait_for(lambda: self.threads() == 1, "the thread is gone")
-        previous = None
-        while previous != (self.threads(), self.descriptors()):
-            previous = self.threads(), self.descriptors()
-            time.sleep(0.02)
-        self.baseline = previous
+            wait_for(lambda: self.held()[0] == 1, "the thread is gone")
+        return self.held()
+
+    def nonblocking(self):
+        """Return whether it is O_NONBLOCK, for each socket."""
+        links = self.proc("fd").iterdir()
+        texts = [
+            self.proc(f"fdinfo/{link.name}").read_text()
+            for link in links
+            if os.readlink(link).startswith("socket:")
+        ]
+        flags = [re.search(r"flags:\s*([0-7]+)", text)[1] for text in texts]
+        return [bool(int(flag, 8) & os.O_NONBLOCK) for flag in flags]
 
     def stop(self, *signals):
         """End it with signals (SIGTERM if none is given)."""
         started = time.monotonic()
         for number in signals or [signal.SIGTERM]:
             os.kill(self.pid, number)
-        return self.wait(started)
-
-    def wait(self, started=None):
-        started = started or time.monotonic()
         self.process.wait(PATIENCE)
-        self.ended = Ended(self, time.monotonic() - started)
-        return self.ended
+        self.seconds = time.monotonic() - started
+        return self
 
-    def close_clients(self):
-        for sock in self.sockets:
-            sock.close()
+    def check(self):
+        """It has ended as it must: in time, status 0, tally, no traceback."""
+        assert "Traceback" not in self.stderr(), self.stderr()
+        assert self.process.returncode == 0, self.stderr()
+        for field in "pattern", "threads", "used_cpu_user", "used_cpu_sys":
+            assert re.search(rf"^{field}:.", self.stdout(), re.M), field
+        # Promised is one second, on a machine that does nothing else.
+        assert self.seconds < 3
 
     def kill(self):
-        self.close_clients()
+        for sock in self.sockets:
+            sock.close()
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -343,12 +312,15 @@ class Server:
         self.err.close()
 
 
-def serve(server):
-    """Lend a server to a test; then see that it ends as it must."""
-    yield server
-    server.close_clients()
-    if server.ended is None:
-        server.stop().check()
+@contextlib.contextmanager
+def frozen(server):
+    """Stop the server, so that what happens meanwhile comes all at once."""
+    os.kill(server.pid, signal.SIGSTOP)
+    os.waitpid(server.pid, os.WUNTRACED)
+    try:
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
 
 
 # ---- Fixtures ---------------------------------------------------------------
@@ -376,19 +348,13 @@ def start():
 
 @pytest.fixture
 def server(name, start):
-    """A server of one's own, which must end well."""
+    """A server of one's own; if it runs at the end, it must end well."""
     server = start(name)
-    yield from serve(server)
-
-
-@pytest.fixture(scope="module", params=SCRIPTS)
-def shared(request):
-    """A server that the tests of a module share, one name after the other."""
-    server = Server(request.param)
-    try:
-        yield from serve(server)
-    finally:
-        server.kill()
+    yield server
+    for sock in server.sockets:
+        sock.close()
+    if server.process.poll() is None:
+        server.stop().check()
 
 
 @pytest.fixture
@@ -397,31 +363,7 @@ def rng(request):
     return random.Random(request.node.name)
 
 
-_keys = itertools.count()
-
-
-@pytest.fixture
-def key():
-    """A key that no other test uses, always of the same length."""
-    return b"key%05d" % next(_keys)
-
-
-# ---- What the tests have counted --------------------------------------------
-
-_notes = []
-
-
 @pytest.fixture
 def note(record_property):
-    """Have a count printed at the end of the run."""
-
-    def note(name, value):
-        record_property(name, value)
-        _notes.append(f"{name}: {value}")
-
-    return note
-
-
-def pytest_terminal_summary(terminalreporter):
-    for line in _notes:
-        terminalreporter.write_line(line)
+    """Take down a figure of this run; it stands in pytest's XML report."""
+    return record_property

@@ -1,0 +1,503 @@
+"""The application, once: its text is the same in all four files.
+
+It is a Conversation without a socket; redis-server 7 must answer the same.
+"""
+
+import ast
+import io
+import random
+import shutil
+import socket
+import subprocess
+import time
+import tokenize
+from types import SimpleNamespace
+
+import pytest
+from conftest import (
+    PATIENCE, SCRIPTS, array, bulk, load, text_of, wait_for,
+)  # fmt: skip
+
+MARK = "# ---- The application"
+KIB, MIB = 1024, 1024 * 1024
+OK, PONG, NIL = b"+OK\r\n", b"+PONG\r\n", b"$-1\r\n"
+NOT_INTEGER = b"-ERR value is not an integer or out of range\r\n"
+OVERFLOW = b"-ERR increment or decrement would overflow\r\n"
+SYNTAX = b"-ERR syntax error\r\n"
+MAX, MIN = b"9223372036854775807", b"-9223372036854775808"
+ANY = bytes(range(256)) + b"\r\n\0\n\r*1\r\n$4\r\nPING\r\n"
+
+
+@pytest.fixture(scope="module")
+def module():
+    return load("single")
+
+
+@pytest.fixture
+def new(module, monkeypatch):
+    """Make conversations. They share a new store."""
+    server = SimpleNamespace(pattern="none", tally=lambda: {"tally": 5})
+    monkeypatch.setattr(module.Conversation, "values", {})
+    monkeypatch.setattr(module.Conversation, "server", server)
+    return module.Conversation
+
+
+def all_replies(conversation):
+    """Return what it replies until it has no more to say, in lots."""
+    lots = []
+    conversation.room = 0
+    while conversation.room <= 0 and not conversation.finished:
+        lots.append(conversation.replies())
+    return lots
+
+
+def answer(conversation, *pieces):
+    """Return what it replies to the pieces, and whether it is finished."""
+    replies = b""
+    for piece in pieces:
+        if not conversation.finished:  # the pattern's promise
+            conversation.receive(piece)
+            replies += b"".join(all_replies(conversation))
+    return replies, conversation.finished
+
+
+# ---- Replies ----------------------------------------------------------------
+
+
+def arity(command):
+    return b"-ERR wrong number of arguments for '%b' command\r\n" % command
+
+
+# Redis answers the same to all of these.
+TABLE = {
+    "ping": (array(b"PING") + array(b"pInG", b"a"), PONG + bulk(b"a")),
+    "ping too much": (array(b"PING", b"a", b"b"), arity(b"ping")),
+    "echo": (array(b"ECHO", b"hello") + array(b"echo", b""),
+             bulk(b"hello") + bulk(b"")),
+    "any bytes": (array(b"ECHO", ANY), bulk(ANY)),
+    "echo arity": (array(b"eChO") + array(b"ECHO", b"a", b"b"),
+                   arity(b"echo") * 2),
+    "get arity": (array(b"GET") + array(b"GET", b"a", b"b"),
+                  arity(b"get") * 2),
+    "get unknown": (array(b"GET", b"a"), NIL),
+    "set, get": (array(b"SET", ANY, b"1") + array(b"SET", ANY, ANY)
+                 + array(b"GET", ANY), OK * 2 + bulk(ANY)),
+    "keys differ": (array(b"SET", b"k\0a", b"1") + array(b"SET", b"k\0b", b"2")
+                    + array(b"GET", b"k\0a") + array(b"GET", b"K\0A"),
+                    OK * 2 + bulk(b"1") + NIL),
+    "set arity": (array(b"SET") + array(b"SET", b"a"), arity(b"set") * 2),
+    "set option": (array(b"SET", b"a", b"v", b"nonsense") + array(b"GET", b"a"),
+                   SYNTAX + NIL),
+    "incr arity": (array(b"INCR") + array(b"INCR", b"a", b"1"),
+                   arity(b"incr") * 2),
+    "incr": (array(b"INCR", b"a") * 2 + array(b"GET", b"a"),
+             b":1\r\n:2\r\n" + bulk(b"2")),
+    "incr below zero": (b"SET a -2\r\n" + array(b"INCR", b"a") * 3,
+                        OK + b":-1\r\n:0\r\n:1\r\n"),
+    "to the top": (array(b"SET", b"a", b"9223372036854775806")
+                   + array(b"INCR", b"a") * 2 + array(b"GET", b"a"),
+                   OK + b":%b\r\n" % MAX + OVERFLOW + bulk(MAX)),
+    "incrby arity": (array(b"INCRBY") + array(b"INCRBY", b"a")
+                     + array(b"INCRBY", b"a", b"1", b"2"),
+                     arity(b"incrby") * 3),
+    "to the bottom": (array(b"INCRBY", b"a", MIN) + b"INCRBY a -1\r\nGET a\r\n",
+                      b":%b\r\n" % MIN + OVERFLOW + bulk(MIN)),
+    "top to bottom": (array(b"INCRBY", b"a", MAX) + array(b"INCRBY", b"a", MIN),
+                      b":%b\r\n:-1\r\n" % MAX),
+    "lines": (b"SET a 1\r\n \t ECHO \t  b \t \r\nincrby a x\nGET a\n\n \t \r\n",
+              OK + bulk(b"b") + NOT_INTEGER + bulk(b"1")),
+    "nothing": (b"\r\n\r\n\n*0\r\n*-1\r\n*-10\r\nPING\r\n\r\n", PONG),
+    "all kinds": (array(b"PING") + b"PING a\r\n" + array(b"PING", b"b"),
+                  PONG + bulk(b"a") + bulk(b"b")),
+}  # fmt: skip
+for number in [
+    b"1_0", b" 10 ", b" 10", b"10 ", b"10\n", b"10\0", b"+1", b"010", b"-0",
+    b"--1", b"-", b"", b"1.0", b"1e3", b"0x10", "\u0663".encode(), b"x",
+    b"9223372036854775808", b"-9223372036854775809", b"1" * 5000,
+]:  # fmt: skip
+    TABLE[f"number {number.decode()[:30]!a}"] = (
+        array(b"INCRBY", b"a", number) + array(b"GET", b"a")
+        + array(b"SET", b"a", number) + array(b"INCR", b"a")
+        + array(b"GET", b"a"),
+        NOT_INTEGER + NIL + OK + NOT_INTEGER + bulk(number),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_replies(new, case):
+    """The reply is exactly this one, wherever a read has ended."""
+    request, reply = TABLE[case]
+    assert answer(new(), request) == (reply, False)
+    for at in range(1, min(len(request), 200)):
+        new.values.clear()
+        assert answer(new(), request[:at], request[at:]) == (reply, False), at
+    new.values.clear()
+    assert answer(new(), *(bytes([b]) for b in request)) == (reply, False)
+
+
+def test_half_a_request_waits(new):
+    """Without a complete request there is no reply, however often asked."""
+    one, two = new(), new()
+    half = b"*2\r\n$3\r\nGET\r\n", b"", b"$1\r\n"
+    assert answer(one, *half) == (b"", False)
+    assert answer(two, b"SET a 1\r\nPIN") == (OK, False)
+    assert answer(one, b"a\r\n", b"") == (bulk(b"1"), False)
+    assert answer(two, b"G\r\n") == (PONG, False)
+
+
+def test_pieces_of_a_request_cost_no_more_each_time(module, new, monkeypatch):
+    """A long word arrives as it was sent, and is not read at each read."""
+    looks = []
+    look = module.next_request
+    monkeypatch.setattr(
+        module, "next_request", lambda stream: looks.append(1) or look(stream)
+    )
+    stream = array(b"ECHO", ANY * 400)
+    pieces = [stream[at : at + 100] for at in range(0, len(stream), 100)]
+    assert answer(new(), *pieces) == (bulk(ANY * 400), False)
+    assert 1 <= len(looks) < 20
+
+
+def test_unknown_command(new):
+    """It is named, in one line, and the stream goes on behind it."""
+    for name in b"nonsense", b"", b"a\r\n+OK\r\nb", b"n" * 5000, b"DEBUG":
+        replies, finished = answer(new(), array(name, b"x") + b"PING\r\n")
+        assert replies.startswith(b"-ERR unknown command ")
+        assert replies.endswith(b"\r\n" + PONG) and not finished
+        assert replies.count(b"\r\n") == 2 and len(replies) < 800
+        assert name[:1] in replies
+
+
+def test_info(new):
+    """INFO is in Redis's format, with the pattern's figures, always fresh."""
+    reply, _ = answer(new(), b"INFO server\r\n")
+    size, _, text = reply.partition(b"\r\n")
+    assert size == b"$%d" % (len(text) - 2) and text.endswith(b"\r\n\r\n")
+    lines = text.decode().strip().split("\r\n")
+    info = dict(line.split(":", 1) for line in lines if line[:1] != "#")
+    assert info["role"] == "master" and info["tally"] == "5"
+    assert info["pattern"] == "none" and int(info["threads"]) >= 1
+    assert float(info["used_cpu_user"]) > 0 <= float(info["used_cpu_sys"])
+    for kind in "voluntary", "involuntary":
+        assert int(info[f"{kind}_context_switches"]) >= 0
+
+
+def test_quit(new):
+    """QUIT is the last thing that is carried out."""
+    assert answer(new(), b"PING\r\nquit\r\nSET a 1\r\n") == (PONG + OK, True)
+    assert new.values == {}
+
+
+@pytest.mark.parametrize(
+    "request_, head, proto, nothing",
+    [
+        (b"HELLO\r\n", b"*14\r\n", b":2\r\n", NIL),
+        (b"hello 2\r\n", b"*14\r\n", b":2\r\n", NIL),
+        (array(b"HELLO", b"3"), b"%7\r\n", b":3\r\n", b"_\r\n"),
+        (b"HELLO 3\r\nHELLO 2\r\n", b"*14\r\n", b":2\r\n", NIL),
+    ],
+)
+def test_hello(new, request_, head, proto, nothing):
+    """HELLO agrees on a version, and that on the reply for nothing."""
+    one, other = new(), new()
+    replies, finished = answer(one, request_)
+    assert not finished and head in replies
+    for key in b"server version proto id mode role modules".split():
+        assert replies.count(bulk(key)) >= 1
+    assert bulk(b"proto") + proto in replies and b"+" not in replies
+    expected = nothing + OK + bulk(b"1"), False
+    assert answer(one, b"GET a\r\nSET a 1\r\nGET a\r\n") == expected
+    assert answer(other, b"GET b\r\n") == (NIL, False)
+    for version in b"1", b"4", b"x", b"03", b"":
+        refusal = b"-NOPROTO unsupported protocol version\r\n"
+        request = array(b"HELLO", version) + b"GET b\r\n"
+        assert answer(one, request) == (refusal + nothing, False)
+
+
+# ---- What is refused --------------------------------------------------------
+
+BREACHES = [
+    b"*x", b"*", b"*+1", b"* 1", b"*01", b"*1_0", b"*99999999999", b"*1025",
+    b"*9223372036854775808", b"*1\r\n$x", b"*1\r\n$", b"*1\r\n$-1",
+    b"*1\r\n$+4", b"*1\r\n$04", b"*1\r\n$1_0", b"*1\r\nPING", b"*1\r\n",
+    b"*1\r\n$99999999999", b"*2\r\n$4\r\nECHO\r\n:5", b"*1\r\n$1048577",
+    b"*3\r\n$4\r\nECHO\r\n$600000\r\n%b\r\n$600000" % (b"v" * 600_000),
+    b"POST / HTTP/1.1", b"Host: 127.0.0.1:6380", b"POST", b"a" + b" v" * 1024,
+]  # fmt: skip
+ENDLESS = [b"v" * 66_000, b"*" + b"1" * 66_000, b"*1\r\n$" + b"1" * 66_000]
+
+
+@pytest.mark.parametrize(
+    "breach",
+    [line + b"\r\n" for line in BREACHES] + ENDLESS,
+    ids=lambda breach: ascii(breach[:30].decode()),
+)
+def test_breaches(new, breach):
+    """Good requests first; then a line about it; then nothing any more."""
+    data = b"PING\r\nSET a 1\r\n" + breach + b"\r\nSET a 2\r\nPING\r\n"
+    for pieces in [data], [data[:9], data[9:]], [data[:40], data[40:]]:
+        replies, finished = answer(new(), *pieces)
+        assert replies.startswith(PONG + OK + b"-ERR Protocol error: ")
+        assert replies.count(b"\r\n") == 3 and replies.endswith(b"\r\n")
+        assert finished and new.values == {b"a": b"1"}
+    # Without the bytes behind it, as well.
+    assert answer(new(), breach)[0].startswith(b"-ERR Protocol error: ")
+
+
+def test_what_is_no_breach(new):
+    """Just within the limits; and POST as a word among others."""
+    value = b"v" * (MIB - len(b"ECHO"))
+    long = b"v" * (64 * KIB - len(b"ECHO \r\n"))
+    request = b"SET POST Host:\r\n" + array(b"POST")
+    replies, finished = answer(new(), request)
+    assert replies.startswith(OK + b"-ERR unknown command ") and not finished
+    for request, reply in [
+        (array(b"ECHO", value) * 2, bulk(value) * 2),
+        (array(b"ECHO", *[b""] * 1023), arity(b"echo")),
+        (b"ECHO" + b" v" * 1023 + b"\r\n", arity(b"echo")),
+        (b"ECHO " + long + b"\r\n", bulk(long)),
+    ]:
+        assert answer(new(), request) == (reply, False)
+
+
+@pytest.mark.parametrize(
+    "begin", [b"", b"*", b"*1\r\n$", b"*1025\r\n", b"*1\r\n$1048577\r\n"]
+)
+def test_limits_are_checked_before_memory_is_spent(new, begin):
+    """Of what goes beyond a limit, next to nothing is kept."""
+    tracemalloc = pytest.importorskip("tracemalloc")  # PyPy has none
+    pieces = [begin] + [b"1" * 64 * KIB] * 100
+    tracemalloc.start()
+    try:
+        replies, finished = answer(new(), *pieces)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert replies.startswith(b"-ERR Protocol error: ") and finished
+    assert peak < MIB
+
+
+def test_garbage(new, rng):
+    """Random bytes get errors or silence; nothing is raised."""
+    good = array(b"SET", b"a", b"1") + array(b"GET", b"a") + b"PING a\r\n"
+    ends = set()
+    for number in range(2000):
+        data = bytearray(good * 3)
+        if number % 2:
+            data = bytearray(rng.getrandbits(8) for _ in range(100))
+        for _ in range(rng.randint(0, 5)):
+            data[rng.randrange(len(data))] = rng.getrandbits(8)
+        replies, finished = answer(new(), *pieces_of(rng, bytes(data)))
+        assert not replies or replies.endswith(b"\r\n")
+        assert (b"-ERR Protocol error" in replies) >= finished
+        ends.add(finished)
+    assert ends == {False, True}
+
+
+# ---- How much at once -------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [10, 1000, 500_000])
+def test_replies_are_bounded(new, size):
+    """replies() gives about 64 KiB and one reply at a time; none is lost."""
+    value, count = b"v" * size, 20_000_000 // (1000 + size)
+    conversation = new()
+    answer(conversation, array(b"SET", b"a", value))
+    conversation.receive(array(b"GET", b"a") * count)
+    lots = all_replies(conversation)
+    assert max(map(len, lots)) <= 64 * KIB + len(bulk(value))
+    assert len(lots) > 1 and b"".join(lots) == bulk(value) * count
+
+
+def test_what_is_not_answered_is_not_carried_out(new):
+    """Requests wait, and change nothing, until their replies are taken."""
+    conversation = new()
+    conversation.receive(b"INCR a\r\n" * 100_000)
+    conversation.replies()
+    assert 0 < int(new.values[b"a"]) < 50_000
+    all_replies(conversation)
+    assert new.values[b"a"] == b"100000"
+
+
+def test_one_handler_that_blocks_at_once(new):
+    """replies() ends with a DEBUG SLEEP, and that takes its time."""
+    conversation = new()
+    sleep = b"DEBUG SLEEP 0.05\r\n"
+    conversation.receive(b"PING\r\n" + sleep + array(*sleep.split()) + sleep)
+    started = time.monotonic()
+    assert conversation.replies() == PONG + OK
+    assert conversation.replies() == OK
+    assert 0.1 <= time.monotonic() - started
+    assert all_replies(conversation) == [OK, b""]
+
+
+def test_nonsense_to_sleep(new):
+    """DEBUG SLEEP with nonsense is refused, and nobody sleeps."""
+    words = b"x,nan,inf,-1,10.01,11,1e300,1_0,1 1,".split(b",")
+    started = time.monotonic()
+    for request in [b"SLEEP " + word for word in words] + [b"JUMP 1"]:
+        replies, _ = answer(new(), b"DEBUG %b\r\nPING\r\n" % request)
+        assert replies.startswith(b"-ERR ") and replies.endswith(PONG)
+    assert time.monotonic() - started < 0.9
+
+
+def test_nobody_takes_the_replies(new):
+    """Once its client has gone, its changes are made, and no reply built."""
+    conversation = new()
+    big = b"v" * 500_000
+    answer(conversation, array(b"SET", b"big", big))
+    conversation.gone = True
+    request = array(b"GET", b"big") * 100 + b"INCR a\r\nINCRBY b 5\r\n"
+    replies, _ = answer(conversation, request * 30 + b"SET c 1\r\n")
+    assert len(replies) < 1000
+    assert new.values == {b"big": big, b"a": b"30", b"b": b"150", b"c": b"1"}
+
+
+# ---- Beside the real one ----------------------------------------------------
+
+INTEGERS = [b"0", b"1", b"-1", b"42", MAX, MIN, b"9223372036854775806"]
+SIZES = {b"PING": 1, b"ECHO": 1, b"GET": 1, b"SET": 2, b"INCR": 1, b"INCRBY": 2}
+
+
+def random_conversation(rng):
+    """Return requests of all kinds, that differ from Redis's in no way."""
+    big = bytes(rng.getrandbits(8) for _ in range(5000))
+    requests = [b"\r\n", b"\n", b"*0\r\n", b"*-1\r\n", b" \t\r\n"]
+    for _ in range(rng.randint(1, 15)):
+        name = rng.choice(list(SIZES))
+        size = SIZES[name] if rng.random() < 0.85 else rng.randint(0, 4)
+        words = [rng.choice([name, name.lower(), name.title()])]
+        kinds = [[b"a", b"b"], INTEGERS, INTEGERS + [b"x", b"1.5", b"+1"]]
+        if rng.random() < 0.4:
+            words += [rng.choice(rng.choice(kinds)) for _ in range(size)]
+            line = rng.choice([b" ", b"\t", b"  "]).join(words)
+            requests.append(line + rng.choice([b"\r\n", b"\n", b" \r\n"]))
+        else:
+            kinds.append([b"1_0", b" 10 ", b"010", b"-0", b"", ANY, big])
+            words += [rng.choice(rng.choice(kinds)) for _ in range(size)]
+            requests.append(array(*words))
+    rng.shuffle(requests)
+    return b"".join(requests)
+
+
+def pieces_of(rng, data):
+    """Cut the data into a few pieces, anywhere."""
+    cuts = sorted(rng.randint(0, len(data)) for _ in range(rng.randint(0, 6)))
+    return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)])]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Return a function that asks redis-server 7, which has nothing stored."""
+    if not shutil.which("redis-server"):
+        pytest.skip("redis-server is not installed: nothing to compare with")
+    version = subprocess.check_output(["redis-server", "--version"])
+    if b"v=7." not in version:
+        pytest.skip(f"compares with redis-server 7, here is {version}")
+    path = tmp_path_factory.mktemp("redis")
+    words = "redis-server --port 0 --appendonly no --daemonize no --unixsocket"
+    process = subprocess.Popen(
+        [*words.split(), path / "socket", "--save", ""],
+        cwd=path,
+        stdout=subprocess.DEVNULL,
+    )
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(PATIENCE)
+    wait_for((path / "socket").exists, "redis-server is there")
+    wait_for(lambda: sock.connect_ex(str(path / "socket")) == 0, "it listens")
+    end = bulk(b"that was all, said the real one")
+
+    def ask(request):
+        sock.sendall(request + b"*2\r\n$4\r\nECHO\r\n" + end + b"FLUSHALL\r\n")
+        replies = b""
+        while not replies.endswith(end + OK):
+            data = sock.recv(1 << 16)
+            assert data, replies
+            replies += data
+        return replies[: -len(end + OK)]
+
+    yield ask
+    sock.close()
+    process.terminate()
+    process.wait(PATIENCE)
+
+
+def test_table_against_the_real_server(real):
+    """The replies that the table expects are those of redis-server 7."""
+    for case, (request, reply) in TABLE.items():
+        assert real(request) == reply, case
+
+
+def test_random_conversations(new, real):
+    """500 random ones, cut anywhere, are answered as by redis-server 7."""
+    rng, all_of_them = random.Random(20240229), b""
+    for number in range(500):
+        new.values.clear()
+        data = random_conversation(rng)
+        reply = real(data)
+        assert answer(new(), *pieces_of(rng, data)) == (reply, False), data
+        all_of_them += reply
+    kinds = [PONG, OK, NIL, NOT_INTEGER, OVERFLOW, SYNTAX, b":1\r\n", bulk(MAX)]
+    kinds += [arity(name.lower()) for name in SIZES]
+    assert [kind for kind in kinds if all_of_them.count(kind) < 3] == []
+
+
+# ---- The text of the files --------------------------------------------------
+
+
+def parts_of(name):
+    """Return the pattern's part of a script, and the application's."""
+    pattern, mark, application = text_of(name).partition("\n" + MARK)
+    assert mark and MARK not in application
+    return pattern, application
+
+
+def names_in(text):
+    """Return the names in Python text; not those in comments and strings."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return {token.string for token in tokens if token.type == tokenize.NAME}
+
+
+def test_application_is_the_same():
+    """From the mark to the end, all four files are equal to the letter."""
+    (application,) = {parts_of(name)[1] for name in SCRIPTS}
+    assert "class Conversation" in application and "def main(" in application
+
+
+def test_application_never_touches_a_socket():
+    """It names no module and no call of the network."""
+    names = names_in(MARK + parts_of("single")[1])
+    network = "socket select recv recv_into send sendall accept connection fd"
+    assert "Conversation" in names and not names & set(network.split())
+
+
+def test_pattern_never_looks_into_the_bytes(name):
+    """The pattern's part has no bytes of the protocol, and no commands."""
+    constants = {
+        node.value
+        for node in ast.walk(ast.parse(parts_of(name)[0]))
+        if isinstance(node, ast.Constant) and isinstance(node.value, bytes)
+    }
+    assert constants <= {b""}
+
+
+def test_imports(name):
+    """Only the standard library, and of it nothing that hides the pattern."""
+    modules = set()
+    for node in ast.walk(ast.parse(text_of(name))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module)
+    allowed = """argparse collections contextlib errno io os re resource select
+        signal socket struct sys threading time"""
+    assert modules <= set(allowed.split())
+    assert "__import__" not in names_in(text_of(name))
+
+
+@pytest.mark.parametrize("name", ["single", "multi"])
+def test_blocking_servers_do_not_use_settimeout(name):
+    """settimeout makes a socket non-blocking: not in 1 and 2."""
+    names = names_in(text_of(name))
+    assert not names & {"settimeout", "setblocking", "select", "poll"}
+    assert {"SO_RCVTIMEO", "SO_SNDTIMEO"} <= names
