@@ -1,113 +1,126 @@
 """The README and the lecture show the code that is there, and true names."""
 
-import difflib
 import re
+import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
-from conftest import HERE, PATIENCE, SCRIPTS, SERVERS_DIR
-
-PROJECT = HERE.parent
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
-SOURCES = {
-    script: (SERVERS_DIR / script).read_text() for script in SCRIPTS.values()
-}
+PROJECT = Path(__file__).resolve().parents[1]
+PAGES = PROJECT / "README.md", PROJECT / ".github" / "LECTURE.md"
+README, LECTURE = (page.read_text(encoding="utf-8") for page in PAGES)
+ONE, TWO = "1_single_blocking.py", "2_multi_blocking.py"
+SCRIPTS = [ONE, TWO, "3_busy_wait.py", "4_kqueue_loop.py"]
+SOURCES = [(PROJECT / script).read_text() for script in SCRIPTS]
 
 
 def blocks(language):
-    """Return the README's code blocks in a language."""
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
-
-
-def dedented_pieces(block):
-    """Return the pieces of a block between lines that say `...`."""
-    return [piece.strip("\n") for piece in block.split("\n...\n")]
+    """Return the README's blocks in a language, "" for those without."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
+    return [block for name, block in found if name == language]
 
 
 def stands_in_a_server(piece):
-    """Return whether a piece of code stands in a server, but for indenting."""
-    for source in SOURCES.values():
-        for spaces in range(0, 24, 4):
-            if textwrap.indent(piece, " " * spaces) in source:
-                return True
-    return False
+    """Return whether a piece of text stands in a server, however indented."""
+    return any(
+        textwrap.indent(piece, " " * spaces) in source
+        for source in SOURCES
+        for spaces in range(0, 24, 4)
+    )
+
+
+def output_of(*command):
+    """Return what a command prints, whatever its exit status."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, universal_newlines=True, cwd=PROJECT
+    )
+    return done.stdout
+
+
+def test_length():
+    assert len(README.splitlines()) <= 350
 
 
 def test_code_is_the_code():
-    """Each piece of Python in the README stands in one of the servers."""
-    found = 0
-    for block in blocks("python"):
-        if "import asyncio" in block:
-            continue  # that one is run, below
-        for piece in dedented_pieces(block):
-            assert stands_in_a_server(piece), piece
-            found += 1
-    assert found >= 6
+    """Each piece of Python, and each small picture, stands in a server."""
+    pieces = blocks("python")
+    pieces += [block for block in blocks("") if "--" in block[:400]]
+    for piece in pieces:
+        assert stands_in_a_server(piece), piece
+    assert len(pieces) == 8  # four pictures; recv, two of the busy wait, loop
 
 
 def test_diff_is_the_diff():
-    """The diff in the README is the end of the real one."""
-    (shown,) = blocks("diff")
-    one, two = (SOURCES[SCRIPTS[n]].splitlines() for n in ("single", "multi"))
-    real = [line for line in difflib.ndiff(one, two) if line[0] in "+-"]
-    sign = {"<": "-", ">": "+"}
-    lines = [
-        sign[line[0]] + line[1:]
-        for line in shown.splitlines()
-        if line[0] in "<>"
-    ]
-    changed = [line.rstrip() for line in real]
-    for line in lines:
-        assert line.rstrip() in changed, line
-    docstring = [line for text in (one, two) for line in text[1:17]]
-    missing = [
-        line
-        for line in changed
-        if line not in [shown.rstrip() for shown in lines]
-        and line[2:] not in docstring
-    ]
-    assert not missing
+    """The diff is the real one, hunk headers included, but for the top."""
+    hunks = re.split(r"(?m)^(?=\d)", output_of("diff", ONE, TWO))[1:]
+    top = SOURCES[0].splitlines().index("import argparse")
+    rest = [hunk for hunk in hunks if int(re.match(r"\d+", hunk)[0]) > top]
+    assert blocks("diff") == ["".join(rest)]
 
 
-def test_asyncio_example(tmp_path):
-    """The asyncio server of the README runs, and echoes."""
-    (code,) = [block for block in blocks("python") if "import asyncio" in block]
-    code = code.replace("6380)", "0)").replace(
-        "    await server.serve_forever()",
-        "    host, port = server.sockets[0].getsockname()\n"
-        "    reader, writer = await asyncio.open_connection(host, port)\n"
-        "    writer.write(b'hello')\n"
-        "    print((await reader.readexactly(5)).decode())\n",
-    )
-    path = tmp_path / "echo.py"
-    path.write_text(code)
-    output = subprocess.check_output([sys.executable, path], timeout=PATIENCE)
-    assert output == b"hello\n"
+def test_table_is_that_of_compare():
+    """The table has the rows and the sentences of tests/bench/compare.py."""
+    (table,) = [block for block in blocks("") if "1 single" in block]
+    source = (PROJECT / "tests" / "bench" / "compare.py").read_text()
+    lines = [line for line in table.splitlines() if line.strip()]
+    assert len(lines) > 25
+    for line in lines[1:]:
+        words = line.strip().replace("500 ", "", 1)
+        name = re.split(r"\s{2,}", words)[0]
+        known = name in source or re.sub(r"\b500\b", "{CROWD}", name) in source
+        assert known or "500" in line, line
+
+
+def test_options_are_the_options():
+    """The options of a server, with their defaults."""
+    shown = dict(re.findall(r"`(--[a-z-]+) ([0-9.]+)`", README))
+    real = re.findall(r'"(--[a-z-]+)".*?default="?([0-9.]+)', SOURCES[0])
+    assert shown == dict(real) and len(shown) == 3
 
 
 def test_targets_are_there():
     """Every make target that is named stands in the Makefile."""
     makefile = (PROJECT / "Makefile").read_text()
-    lecture = PROJECT / ".github" / "LECTURE.md"
-    text = README + (lecture.read_text() if lecture.exists() else "")
-    for target in set(re.findall(r"`make ([a-z-]+)", text)):
-        assert re.search(rf"^{target}:", makefile, re.M), target
+    named = set(re.findall(r"`?make ([a-z-]+)", README + LECTURE))
+    targets = set(re.findall(r"^([a-z -]+):", makefile, re.M))
+    targets = {word for line in targets for word in line.split()}
+    assert {"demo", "trace", "compare", "test"} <= named
+    prose = {"one", "it", "a", "them", "the", "sure", "an", "no"}
+    assert named - targets - prose == set()
 
 
 def test_links_to_files():
     """Every link and picture that is a file is there."""
-    for name in ["README.md", ".github/LECTURE.md"]:
-        page = PROJECT / name
-        if not page.exists():
-            continue
-        for link in re.findall(r"\]\(([^)#]+)", page.read_text("utf-8")):
+    for page, text in zip(PAGES, (README, LECTURE)):
+        for link in re.findall(r"\]\(([^)#]+)", text):
             if "://" not in link:
                 assert (page.parent / link).exists(), link
 
 
 def test_what_stands_at_the_top():
     """The four servers, the client, Makefile, README, tests; nothing else."""
-    allowed = {*SCRIPTS.values(), "client.py", "Makefile", "README.md", "tests"}
-    seen = {p.name for p in PROJECT.iterdir() if not p.name.startswith(".")}
-    assert seen - {"build", "__pycache__"} == allowed
+    there = {path.name for path in PROJECT.iterdir() if path.name[0] != "."}
+    wanted = {*SCRIPTS, "client.py", "Makefile", "README.md", "tests"}
+    assert wanted <= there <= wanted | {"build", "__pycache__"}
+
+
+def test_answers_typed_by_hand():
+    """What one types into nc is answered as shown, by a server."""
+    (session,) = [block for block in blocks("") if "$ nc" in block]
+    lines = session.splitlines()[1:]
+    asked = [line for line in lines if re.match("[A-Z]{3}", line)]
+    text = "".join(f"{line}\n" for line in asked).replace("SLEEP 5", "SLEEP 0")
+    command = [sys.executable, SCRIPTS[3], "--port", "0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, cwd=PROJECT
+    ) as server:
+        try:
+            port = int(server.stdout.readline().rpartition(b":")[2])
+            with socket.create_connection(("127.0.0.1", port)) as sock:
+                sock.sendall(text.encode())
+                sock.shutdown(socket.SHUT_WR)
+                answers = sock.makefile("rb").read().decode().splitlines()
+        finally:
+            server.terminate()
+    assert answers == [line for line in lines if line not in asked]
