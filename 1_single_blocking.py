@@ -44,9 +44,9 @@ class TCPServer:
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.listener = socket.create_server(address, family=family)
         self.listener.listen(4096)  # so many may wait, if the kernel agrees
-        # Send each reply at once. The connections take this over.
+        # Send small replies at once. The connections inherit this.
         self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.new_conversation = new_conversation  # makes the application's end
+        self.new_conversation = new_conversation  # called for each client
         self.idle_timeout = idle_timeout  # seconds without a byte moving
         self.connected = 0
 
@@ -56,8 +56,8 @@ class TCPServer:
             try:
                 connection, address = self.listener.accept()
             except OSError as error:
-                if error.errno in SHORTAGE:  # others are that client's own
-                    with contextlib.suppress(OSError):  # nobody reads it
+                if error.errno in SHORTAGE:  # else only that client is lost
+                    with contextlib.suppress(OSError):  # it may be closed
                         print(f"cannot accept: {error}", file=sys.stderr)
                     time.sleep(1)  # by then there may be room for it
                 continue
@@ -101,7 +101,7 @@ class IncomingTCPConnection:
             try:
                 replies = replies[self.connection.send(replies) :]
                 end = time.monotonic() + self.idle_timeout
-            except BlockingIOError:  # Linux sees room late: try several times
+            except BlockingIOError:  # 1/8 is over; Linux may see room late
                 if time.monotonic() >= end:
                     raise
             except ConnectionError:  # it has gone; what it asked is still done
@@ -109,7 +109,7 @@ class IncomingTCPConnection:
                 return
 
     def linger(self):
-        """Read to the end. To close before could cost it its last reply."""
+        """Read to the end: to close on unread bytes could lose the reply."""
         self.connection.shutdown(socket.SHUT_WR)
         self.limit_waiting(socket.SO_RCVTIMEO, LINGER)
         end = time.monotonic() + LINGER
@@ -118,7 +118,7 @@ class IncomingTCPConnection:
 
     def limit_waiting(self, option, seconds):
         """Let recv or send give up by then, with EAGAIN: BlockingIOError."""
-        # settimeout() would make the socket non-blocking, and wait in poll().
+        # Not settimeout(): then poll() would sleep, and recv would not block.
         # "ll" is a struct timeval where a long has 64 bits.
         timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
         self.connection.setsockopt(socket.SOL_SOCKET, option, timeval)
@@ -269,7 +269,7 @@ def next_request(stream):
 
 
 def whole(line):
-    """Return a line without its end. Raises like next_request."""
+    """Return a line without its CR LF. Raises like next_request."""
     if len(line) > MAX_LINE:
         raise ValueError("too long a line")
     if not line.endswith(b"\n"):
@@ -309,7 +309,7 @@ def figures(server):
 def stop(signal_number, frame):
     """Print the figures and end, whatever the threads are doing."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # once
-    with contextlib.suppress(OSError):  # nobody reads it
+    with contextlib.suppress(OSError):  # it may be closed
         print(figures(Conversation.server), end="", flush=True)
     os._exit(0)
 
@@ -328,7 +328,7 @@ def main():
         server = TCPServer(address, Conversation, options.idle_timeout)
     except (OSError, OverflowError, TypeError, ValueError) as error:
         sys.exit(f"cannot listen on {options.host}:{options.port}: {error}")
-    Conversation.server = server  # whose figures INFO tells
+    Conversation.server = server  # for INFO
     signal.signal(signal.SIGINT, stop)  # even if "&" in a script has it off
     signal.signal(signal.SIGTERM, stop)
     # Python misses a signal that comes just before a call sleeps, as one may
@@ -336,7 +336,7 @@ def main():
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     host, port = server.listener.getsockname()[:2]
-    with contextlib.suppress(OSError):  # nobody reads it
+    with contextlib.suppress(OSError):  # it may be closed
         print(f"{server.pattern}: listening on {host}:{port}", flush=True)
     server.start()
 

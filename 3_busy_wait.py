@@ -45,10 +45,10 @@ class TCPServer:
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.listener = socket.create_server(address, family=family)
         self.listener.listen(4096)  # so many may wait, if the kernel agrees
-        # Send each reply at once. The connections take this over.
+        # Send small replies at once. The connections inherit this.
         self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.listener.setblocking(False)
-        self.new_conversation = new_conversation  # makes the application's end
+        self.new_conversation = new_conversation  # called for each client
         self.idle_timeout = idle_timeout  # seconds without a byte moving
         self.clients = set()
         self.polls = 0
@@ -76,7 +76,7 @@ class TCPServer:
         except OSError as error:
             self.empty_handed += 1
             if error.errno in SHORTAGE and now >= self.quiet_until:
-                with contextlib.suppress(OSError):  # nobody reads it
+                with contextlib.suppress(OSError):  # it may be closed
                     print(f"cannot accept: {error}", file=sys.stderr)
                 self.quiet_until = now + 1  # second
             return False
@@ -115,7 +115,7 @@ class Client:
             if self.wants == READ:
                 data = self.connection.recv(CHUNK)
                 if not data or self.conversation.finished:
-                    self.wants = READ if data else CLOSE
+                    self.wants = READ if data else CLOSE  # finished: drop it
                     return True
                 self.conversation.receive(data)
             self.send()
@@ -127,7 +127,7 @@ class Client:
 
     def send(self):
         """Send replies, as many as the kernel has room for."""
-        self.wants = WRITE
+        self.wants = WRITE  # until all is sent
         self.outgoing = self.outgoing or self.conversation.replies()
         if self.outgoing:
             try:
@@ -137,7 +137,7 @@ class Client:
                 sent = len(self.outgoing)
             self.outgoing = self.outgoing[sent:]
         self.deadline = time.monotonic() + self.idle_timeout
-        if not self.outgoing and self.conversation.room > 0:
+        if not self.outgoing and self.conversation.room > 0:  # none waits
             self.wants = READ
             if self.conversation.finished:  # it must read to the end, in time
                 self.connection.shutdown(socket.SHUT_WR)
@@ -289,7 +289,7 @@ def next_request(stream):
 
 
 def whole(line):
-    """Return a line without its end. Raises like next_request."""
+    """Return a line without its CR LF. Raises like next_request."""
     if len(line) > MAX_LINE:
         raise ValueError("too long a line")
     if not line.endswith(b"\n"):
@@ -329,7 +329,7 @@ def figures(server):
 def stop(signal_number, frame):
     """Print the figures and end, whatever the threads are doing."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # once
-    with contextlib.suppress(OSError):  # nobody reads it
+    with contextlib.suppress(OSError):  # it may be closed
         print(figures(Conversation.server), end="", flush=True)
     os._exit(0)
 
@@ -348,7 +348,7 @@ def main():
         server = TCPServer(address, Conversation, options.idle_timeout)
     except (OSError, OverflowError, TypeError, ValueError) as error:
         sys.exit(f"cannot listen on {options.host}:{options.port}: {error}")
-    Conversation.server = server  # whose figures INFO tells
+    Conversation.server = server  # for INFO
     signal.signal(signal.SIGINT, stop)  # even if "&" in a script has it off
     signal.signal(signal.SIGTERM, stop)
     # Python misses a signal that comes just before a call sleeps, as one may
@@ -356,7 +356,7 @@ def main():
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     host, port = server.listener.getsockname()[:2]
-    with contextlib.suppress(OSError):  # nobody reads it
+    with contextlib.suppress(OSError):  # it may be closed
         print(f"{server.pattern}: listening on {host}:{port}", flush=True)
     server.start()
 

@@ -50,7 +50,7 @@ class TCPServer:
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.listener = socket.create_server(address, family=family)
         self.listener.listen(4096)  # so many may wait, if the kernel agrees
-        # Send each reply at once. The connections take this over.
+        # Send small replies at once. The connections inherit this.
         self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.listener.setblocking(False)
         self.loop = EventLoop(self.listener, new_conversation, idle_timeout)
@@ -79,10 +79,10 @@ class EventLoop:
 
     def __init__(self, listener, new_conversation, idle_timeout):
         self.listener = listener
-        self.new_conversation = new_conversation  # makes the application's end
+        self.new_conversation = new_conversation  # called for each client
         self.idle_timeout = idle_timeout  # seconds without a byte moving
         self.clients = {}  # descriptor: Client
-        self.wakeups = 0
+        self.wakeups = 0  # with events: the looks at each TICK do not count
         self.events = 0  # how many the queue had for us in all these
         self.queue = kqueue()
         self.watch(listener, READ, KQ_EV_ADD)
@@ -97,19 +97,19 @@ class EventLoop:
             self.events += len(events)
             for event in events:
                 if event.ident in self.clients:
-                    self.step(self.clients[event.ident], now)
-                else:
+                    self.serve(self.clients[event.ident], now)
+                else:  # the listener: somebody new
                     self.accept()
             if now >= next_look:
                 next_look = now + TICK
                 for client in list(self.clients.values()):
                     # Linux reports room late: a slow reader gets another try.
                     if client.wants == WRITE or now >= client.deadline:
-                        self.step(client, now)
+                        self.serve(client, now)
                 self.watch(self.listener, READ, KQ_EV_ADD)  # it may be off
 
     def watch(self, sock, wanted, flag):
-        """Have the queue begin or end to watch a socket."""
+        """Have the queue begin or end to watch a socket. It does not wait."""
         filter = KQ_FILTER_WRITE if wanted == WRITE else KQ_FILTER_READ
         self.queue.control([kevent(sock.fileno(), filter, flag)], 0)
 
@@ -120,8 +120,8 @@ class EventLoop:
             connection.setblocking(False)
             self.watch(connection, READ, KQ_EV_ADD)
         except OSError as error:
-            if error.errno in SHORTAGE:  # others are that client's own
-                with contextlib.suppress(OSError):  # nobody reads it
+            if error.errno in SHORTAGE:  # else only that client is lost
+                with contextlib.suppress(OSError):  # it may be closed
                     print(f"cannot accept: {error}", file=sys.stderr)
                 # Level-triggered, the queue would report this again and again.
                 # run() will watch the listener anew at its next look.
@@ -131,7 +131,7 @@ class EventLoop:
         client = Client(connection, conversation, self.idle_timeout)
         self.clients[connection.fileno()] = client
 
-    def step(self, client, now):
+    def serve(self, client, now):
         """Let a client take a step, and watch for what it wants next."""
         before = client.wants
         client.step()
@@ -139,8 +139,7 @@ class EventLoop:
             del self.clients[client.connection.fileno()]
             client.connection.close()  # this takes it out of the queue, too
         elif client.wants != before:
-            # Never for both: there is nearly always room to write, and that
-            # would wake the loop all the time.
+            # Never for both: there is room to write at nearly all times.
             self.watch(client.connection, before, KQ_EV_DELETE)
             self.watch(client.connection, client.wants, KQ_EV_ADD)
 
@@ -166,7 +165,7 @@ class Client:
             if self.wants == READ:
                 data = self.connection.recv(CHUNK)
                 if not data or self.conversation.finished:
-                    self.wants = READ if data else CLOSE
+                    self.wants = READ if data else CLOSE  # finished: drop it
                     return True
                 self.conversation.receive(data)
             self.send()
@@ -178,7 +177,7 @@ class Client:
 
     def send(self):
         """Send replies, as many as the kernel has room for."""
-        self.wants = WRITE
+        self.wants = WRITE  # until all is sent
         self.outgoing = self.outgoing or self.conversation.replies()
         if self.outgoing:
             try:
@@ -188,7 +187,7 @@ class Client:
                 sent = len(self.outgoing)
             self.outgoing = self.outgoing[sent:]
         self.deadline = time.monotonic() + self.idle_timeout
-        if not self.outgoing and self.conversation.room > 0:
+        if not self.outgoing and self.conversation.room > 0:  # none waits
             self.wants = READ
             if self.conversation.finished:  # it must read to the end, in time
                 self.connection.shutdown(socket.SHUT_WR)
@@ -207,6 +206,7 @@ except ImportError:
     if not hasattr(select, "epoll"):
         sys.exit("this system has neither kqueue nor epoll")
 
+    TCPServer.pattern += ", which epoll stands in for"
     KQ_FILTER_READ, KQ_FILTER_WRITE = select.EPOLLIN, select.EPOLLOUT
     KQ_EV_ADD, KQ_EV_DELETE = 1, 2
 
@@ -374,7 +374,7 @@ def next_request(stream):
 
 
 def whole(line):
-    """Return a line without its end. Raises like next_request."""
+    """Return a line without its CR LF. Raises like next_request."""
     if len(line) > MAX_LINE:
         raise ValueError("too long a line")
     if not line.endswith(b"\n"):
@@ -414,7 +414,7 @@ def figures(server):
 def stop(signal_number, frame):
     """Print the figures and end, whatever the threads are doing."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # once
-    with contextlib.suppress(OSError):  # nobody reads it
+    with contextlib.suppress(OSError):  # it may be closed
         print(figures(Conversation.server), end="", flush=True)
     os._exit(0)
 
@@ -433,7 +433,7 @@ def main():
         server = TCPServer(address, Conversation, options.idle_timeout)
     except (OSError, OverflowError, TypeError, ValueError) as error:
         sys.exit(f"cannot listen on {options.host}:{options.port}: {error}")
-    Conversation.server = server  # whose figures INFO tells
+    Conversation.server = server  # for INFO
     signal.signal(signal.SIGINT, stop)  # even if "&" in a script has it off
     signal.signal(signal.SIGTERM, stop)
     # Python misses a signal that comes just before a call sleeps, as one may
@@ -441,7 +441,7 @@ def main():
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     host, port = server.listener.getsockname()[:2]
-    with contextlib.suppress(OSError):  # nobody reads it
+    with contextlib.suppress(OSError):  # it may be closed
         print(f"{server.pattern}: listening on {host}:{port}", flush=True)
     server.start()
 

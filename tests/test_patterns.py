@@ -32,6 +32,8 @@ NAMES = {
     "busy": "non-blocking busy wait",
     "kqueue": "event loop on kqueue",
 }
+if not hasattr(select, "kqueue"):
+    NAMES["kqueue"] += ", which epoll stands in for"
 
 
 def clients(server, count):
