@@ -1,6 +1,6 @@
 """What the tools share: starting a server, asking it, ending tidily.
 
-Each tool beside it is one make target: compare, pictures, scale, bench,
+Each tool beside it is one make target: compare, trace, pictures, scale, bench,
 syscalls. What client.py has as well is taken from there.
 """
 

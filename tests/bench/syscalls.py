@@ -47,8 +47,8 @@ NOTES = """\
 2  The same calls, and a clone for each client, which is a thread; others: its
    memory. futex: the threads take turns in the interpreter.
 3  accept and recv without end, nearly all for EAGAIN: it never waits.
-4  epoll_wait tells who is ready, and no call is in vain. Two epoll_ctl for
-   each client: one when it comes, one when it leaves.
+4  epoll_wait tells who is ready, and no call is in vain. One epoll_ctl for
+   each client, when it comes: to close it takes it out of the queue.
 setsockopt: the deadline of a call that waits. ioctl: non-blocking from now on.
 
 1 gets its clients one after the other, the rest get them all at once. For 3
