@@ -12,7 +12,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from conftest import HERE, SCRIPTS, SERVERS_DIR, run, together
+from conftest import HERE, SCRIPTS, SERVERS_DIR, run
 
 CLIENTS = 2
 TRACER = sys.executable, HERE / "bench" / "trace.py"
