@@ -10,6 +10,7 @@ import os
 import random
 import re
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -34,6 +35,7 @@ SCRIPTS = {
 }
 MANY = ["multi", "busy", "kqueue"]  # those that serve many clients at once
 PATIENCE = 30  # seconds; what has not come by then does not come
+LIMIT = 120  # seconds for a program that runs to its end, on a loaded machine
 PROC = Path("/proc/self/fdinfo").exists()
 
 needs_proc = pytest.mark.skipif(not PROC, reason="looks into Linux's /proc")
@@ -76,6 +78,30 @@ def together(function, *items):
         if result.exception():
             print(f"this happened with {item}")
     return [result.result() for result in results.values()]
+
+
+def run(*command, data=b"", encoding="utf-8", cwd=None, **env):
+    """Run a program to its end; return its status, stdout and stderr.
+
+    It gets `data` on stdin. A traceback is a failure.
+    """
+    ended = subprocess.run(
+        list(map(str, command)),
+        input=data,
+        capture_output=True,
+        timeout=LIMIT,
+        cwd=cwd,
+        env={**os.environ, "PYTHONIOENCODING": encoding, **env},
+    )
+    out, err = ended.stdout.decode(encoding), ended.stderr.decode(encoding)
+    assert "Traceback" not in err, err[-2000:]
+    return ended.returncode, out, err
+
+
+def needs(program):
+    """Skip the test if a program is not installed."""
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
 
 
 def text_of(name):
@@ -361,9 +387,3 @@ def server(name, start):
 def rng(request):
     """A source of random choices, the same in every run."""
     return random.Random(request.node.name)
-
-
-@pytest.fixture
-def note(record_property):
-    """Take down a figure of this run; it stands in pytest's XML report."""
-    return record_property

@@ -2,8 +2,9 @@
 
 import contextlib
 import socket
-import struct
 import threading
+
+from conftest import array, load, reset
 
 
 def start(reply, stack):
@@ -27,9 +28,7 @@ def accept(listener, reply):
                 args = sock, reply
                 threading.Thread(target=serve, args=args, daemon=True).start()
                 continue
-            linger = struct.pack("ii", 1, 0)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            sock.close()
+            reset(sock)
 
 
 def serve(sock, reply):
@@ -47,23 +46,17 @@ def serve(sock, reply):
                 sock.sendall(part)
 
 
-values, counts, lock = {}, {}, threading.Lock()
+application, lock = load("kqueue"), threading.Lock()
 
 
 def right(words):
-    """Reply as a right server would."""
-    command, *words = words
+    """Reply as a right server would; this one knows no INFO."""
+    if words[0] == b"INFO":
+        return b"-ERR unknown command\r\n"
     with lock:
-        if command == b"SET":
-            values[words[0]] = words[1]
-            return b"+OK\r\n"
-        if command == b"GET":
-            value = values.get(words[0], b"")
-            return b"$%d\r\n%b\r\n" % (len(value), value)
-        if command == b"INFO":
-            return b"-ERR unknown command\r\n"
-        counts[words[0]] = counts.get(words[0], 0) + (command == b"INCR")
-        return b":%d\r\n" % counts[words[0]]
+        conversation = application.Conversation()
+        conversation.receive(array(*words))
+        return conversation.replies()
 
 
 def spoiled(command, wrong):

@@ -135,16 +135,6 @@ def test_replies(new, case):
     assert answer(new(), *(bytes([b]) for b in request)) == (reply, False)
 
 
-def test_half_a_request_waits(new):
-    """Without a complete request there is no reply, however often asked."""
-    one, two = new(), new()
-    half = b"*2\r\n$3\r\nGET\r\n", b"", b"$1\r\n"
-    assert answer(one, *half) == (b"", False)
-    assert answer(two, b"SET a 1\r\nPIN") == (OK, False)
-    assert answer(one, b"a\r\n", b"") == (bulk(b"1"), False)
-    assert answer(two, b"G\r\n") == (PONG, False)
-
-
 def test_pieces_of_a_request_cost_no_more_each_time(module, new, monkeypatch):
     """A long word arrives as it was sent, and is not read at each read."""
     looks = []
@@ -299,24 +289,21 @@ def test_garbage(new, rng):
 
 @pytest.mark.parametrize("size", [10, 1000, 500_000])
 def test_replies_are_bounded(new, size):
-    """replies() gives about 64 KiB and one reply at a time; none is lost."""
+    """replies() gives about 64 KiB and one reply at a time; none is lost.
+
+    Requests wait, and change nothing, until their replies are taken.
+    """
     value, count = b"v" * size, 20_000_000 // (1000 + size)
     conversation = new()
     answer(conversation, array(b"SET", b"a", value))
-    conversation.receive(array(b"GET", b"a") * count)
-    lots = all_replies(conversation)
+    conversation.receive((b"INCR b\r\n" + array(b"GET", b"a")) * count)
+    lots = [conversation.replies()]
+    assert 0 < int(new.values[b"b"]) < count // 2
+    lots += all_replies(conversation)
     assert max(map(len, lots)) <= 64 * KIB + len(bulk(value))
-    assert len(lots) > 1 and b"".join(lots) == bulk(value) * count
-
-
-def test_what_is_not_answered_is_not_carried_out(new):
-    """Requests wait, and change nothing, until their replies are taken."""
-    conversation = new()
-    conversation.receive(b"INCR a\r\n" * 100_000)
-    conversation.replies()
-    assert 0 < int(new.values[b"a"]) < 50_000
-    all_replies(conversation)
-    assert new.values[b"a"] == b"100000"
+    numbers = (b":%d\r\n" % (number + 1) for number in range(count))
+    expected = b"".join(number + bulk(value) for number in numbers)
+    assert b"".join(lots) == expected
 
 
 def test_one_handler_that_blocks_at_once(new):
@@ -493,11 +480,3 @@ def test_imports(name):
         signal socket struct sys threading time"""
     assert modules <= set(allowed.split())
     assert "__import__" not in names_in(text_of(name))
-
-
-@pytest.mark.parametrize("name", ["single", "multi"])
-def test_blocking_servers_do_not_use_settimeout(name):
-    """settimeout makes a socket non-blocking: not in 1 and 2."""
-    names = names_in(text_of(name))
-    assert not names & {"settimeout", "setblocking", "select", "poll"}
-    assert {"SO_RCVTIMEO", "SO_SNDTIMEO"} <= names

@@ -1,35 +1,29 @@
 """The tools of tests/bench run, at a small size; figures are not judged."""
 
-import os
 import re
-import shutil
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from conftest import HERE, SCRIPTS, SERVERS_DIR, needs, run, together
 
-HERE = Path(__file__).resolve().parent
-LIMIT = 120  # seconds, on a loaded machine
-SINGLE, KQUEUE = "1_single_blocking.py", "4_kqueue_loop.py"
 SVG = "{http://www.w3.org/2000/svg}"
+COMPARED = [f"--server={SERVERS_DIR / SCRIPTS[n]}" for n in ("single", "kqueue")]
+OPTIONS = {
+    "compare": COMPARED,
+    "pictures": ["--svg", "demo.svg"],
+    "scale": "--most 20 --seconds 0.1 --svg scale.svg".split(),
+    "bench": "--rounds 1 --requests 300 --only k --only P".split(),
+    "syscalls": [],
+}
 
 
-def run(folder, script, *options, **env):
+def run_tool(folder, tool, **env):
     """Run a tool in a folder; return its status, stdout and stderr."""
-    result = subprocess.run(
-        [sys.executable, str(HERE / "bench" / script), *options],
-        capture_output=True,
-        encoding="utf-8",
-        timeout=LIMIT,
-        cwd=folder,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8", **env},
-    )
-    assert "Traceback" not in result.stderr, result.stderr
-    assert all(len(line) <= 79 for line in result.stdout.splitlines())
-    return result.returncode, result.stdout, result.stderr
+    script = HERE / "bench" / f"{tool}.py"
+    ended = run(sys.executable, script, *OPTIONS[tool], cwd=folder, **env)
+    assert all(len(line) <= 79 for line in ended[1].splitlines())
+    return ended
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +34,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tools(folder):
     """All tools, run at the same time: they spend most of it waiting."""
-    servers = [f"--server={HERE.parent / name}" for name in (SINGLE, KQUEUE)]
-    with ThreadPoolExecutor() as pool:
-        runs = {
-            tool: pool.submit(run, folder, f"{tool}.py", *options)
-            for tool, options in [
-                ("compare", servers),
-                ("pictures", ["--svg", "demo.svg"]),
-                ("scale", "--most 20 --seconds 0.1 --svg scale.svg".split()),
-                ("bench", "--rounds 1 --requests 300 --only k --only P".split()),
-                ("syscalls", []),
-            ]
-        }
-    return {name: future.result() for name, future in runs.items()}
+    ended = together(lambda tool: run_tool(folder, tool), *OPTIONS)
+    return dict(zip(OPTIONS, ended))
 
 
 def test_compare(tools):
@@ -77,7 +60,7 @@ def test_pictures(tools, folder, name):
         assert "4 kqueue loop" in texts and "connections" in texts
         assert "requests/s, all active" in out and "4 kqueue loop" in out
         return
-    assert f"{KQUEUE}: " in " ".join(texts)
+    assert f"{SCRIPTS['kqueue']}: " in " ".join(texts)
     bars = [element.get("class") for element in root.iter(f"{SVG}rect")]
     # Of each client of each server, and one more in the legend.
     assert bars.count("talks") == 4 * 8 + 1
@@ -86,8 +69,7 @@ def test_pictures(tools, folder, name):
 
 def test_bench(tools):
     """The loop and its comparison are measured; the loop has the ratio 1."""
-    if not shutil.which("redis-benchmark"):
-        pytest.skip("redis-benchmark is not installed")
+    needs("redis-benchmark")
     status, out, err = tools["bench"]
     assert status == 0, err
     loop = re.findall(r"^4 kqueue loop .*$", out, re.M)
@@ -113,9 +95,9 @@ def test_syscalls(tools):
     assert in_vain[2] > 0 and in_vain[0] == in_vain[1] == in_vain[3] == 0
 
 
-@pytest.mark.parametrize("script", ["bench.py", "syscalls.py"])
-def test_missing_tool(script, tmp_path):
+@pytest.mark.parametrize("tool", ["bench", "syscalls"])
+def test_missing_tool(tool, tmp_path):
     """Without its tool, it says in one sentence how to get it, and fails."""
-    status, _, err = run(tmp_path, script, PATH=str(tmp_path))
+    status, _, err = run_tool(tmp_path, tool, PATH=str(tmp_path))
     assert status == 1 and err.count("\n") == 1, err
     assert "install" in err or "Linux" in err

@@ -5,6 +5,7 @@ SERVERS_DIR in the environment names other servers to test it with.
 
 import contextlib
 import fcntl
+import itertools
 import os
 import pty
 import re
@@ -15,33 +16,25 @@ import sys
 import termios
 import time
 import types
-from pathlib import Path
 
 import pytest
+from conftest import HERE, LIMIT, SCRIPTS, SERVERS_DIR, run, together, wait_for
 from fake_server import right, spoiled, start
 
-ROOT = Path(__file__).resolve().parents[1]
-SERVERS = Path(os.environ.get("SERVERS_DIR") or ROOT).resolve()
-ALL = sorted(SERVERS.glob("[1-4]_*.py"))
-KQUEUE = SERVERS / "4_kqueue_loop.py"
-LIMIT = 100  # seconds for a run of the client, on a loaded machine
-CLIENT = [sys.executable, str(ROOT / "client.py")]
-sys.path.insert(0, str(ROOT))
+ALL = [SERVERS_DIR / script for script in SCRIPTS.values()]
+KQUEUE = ALL[-1]
+CLIENT = [sys.executable, str(HERE.parent / "client.py")]
+sys.path.insert(0, str(HERE.parent))
 
 import client  # noqa: E402
 
 
-def run_client(*options, before=(), encoding="utf-8"):
-    """Run client.py to its end; it must not end in a traceback."""
-    result = subprocess.run(
-        [*before, *CLIENT, *map(str, options)],
-        capture_output=True,
-        encoding=encoding,
-        timeout=LIMIT,
-        env={**os.environ, "PYTHONIOENCODING": encoding},
-    )
-    assert "Traceback" not in result.stderr, result.stderr[-2000:]
-    return result
+ENDLESS = itertools.repeat(b"7" * 65536)
+
+
+def run_client(*options, **more):
+    """Run client.py to its end; return its status, stdout and stderr."""
+    return run(*CLIENT, *options, **more)
 
 
 def visit(port, **options):
@@ -55,9 +48,10 @@ def visit(port, **options):
 
 def check_failure(result, *words):
     """The run failed, and says so in one line that contains the words."""
-    assert result.returncode > 0, result.stdout
-    assert result.stderr.count("\n") == 1, result.stderr[-2000:]
-    assert all(word in result.stderr for word in words), result.stderr
+    status, out, err = result
+    assert status > 0, out
+    assert err.count("\n") == 1, err[-2000:]
+    assert all(word in err for word in words), err
 
 
 def drawings_of(output, signs="░█"):
@@ -89,9 +83,8 @@ def test_side_by_side(tmp_path):
     options = []
     for script, file in zip(ALL, files):
         options += ["--server", script, "--transcript", file]
-    result = run_client(*options)
-    assert result.returncode == 0, result.stderr
-    output = result.stdout
+    status, output, err = run_client(*options)
+    assert status == 0, err
     assert len(output.splitlines()) <= 45
     assert max(map(len, output.splitlines())) <= 80
     drawings = drawings_of(output)
@@ -127,9 +120,9 @@ def test_longer_than_expected(fake):
     """More time than there was room for: another scale. And plain ASCII."""
     port = fake(lambda words: time.sleep(0.1) or right(words))
     options = "--port", port, "--think", 0, "--requests", 3
-    result = run_client(*options, encoding="ascii")
-    assert result.returncode == 0, result.stderr
-    scale, rows = drawings_of(result.stdout, ".#")[0]
+    status, out, err = run_client(*options, encoding="ascii")
+    assert status == 0, err
+    scale, rows = drawings_of(out, ".#")[0]
     assert scale >= 0.3 and 70 < max(map(len, rows)) <= 76 and len(rows) == 8
 
 
@@ -183,38 +176,34 @@ def test_wrong_reply(fake, command, wrong, word):
     assert word in said and "\n" not in said
 
 
-@pytest.mark.parametrize(
-    "line", ["threads:0", "used_cpu_user:nan", "polls:x", "a:9"]
-)
-def test_wrong_info(fake, line):
+def test_wrong_info(fake):
     """INFO that cannot be true is one sentence, which names it."""
-    lines = "threads:1\r\nused_cpu_user:1\r\nused_cpu_sys:1\r\n" + line
-    reply = b"$%d\r\n\r\n%b\r\n" % (len(lines) + 2, lines.encode())
-    result = run_client("--port", fake(spoiled(b"INFO", reply)))
-    if line == "a:9":  # what it does not know is no mistake
-        assert result.returncode == 0, result.stderr
-    else:
-        check_failure(result, line.split(":")[0])
+
+    def ask(line):
+        lines = b"threads:1\r\nused_cpu_user:1\r\nused_cpu_sys:1\r\n" + line
+        reply = b"$%d\r\n\r\n%b\r\n" % (len(lines) + 2, lines)
+        return run_client("--port", fake(spoiled(b"INFO", reply)))
+
+    wrong = b"threads:0", b"used_cpu_user:nan", b"polls:x"
+    *results, unknown = together(ask, *wrong, b"a:9")
+    for line, result in zip(wrong, results):
+        check_failure(result, line.decode().split(":")[0])
+    assert unknown[0] == 0, unknown  # what it does not know is no mistake
 
 
 @pytest.mark.parametrize("begin", [b"$99999999999\r\n", b"$"])
 def test_endless_reply(fake, begin):
     """A reply without an end fails at once, and fills no memory."""
-
-    def endless(words):
-        yield begin
-        while True:
-            yield b"7" * 65536
-
     code = (
         "import resource, subprocess, sys; subprocess.call(sys.argv[1:]);"
         "print('size', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    before = sys.executable, "-c", code
-    result = run_client("--port", fake(endless), before=before)
-    assert "too long" in result.stderr and result.stderr.count("\n") == 1
+    endless = fake(lambda words: itertools.chain([begin], ENDLESS))
+    client = *CLIENT, "--port", endless
+    _, out, err = run(sys.executable, "-c", code, *client)
+    assert "too long" in err and err.count("\n") == 1
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    assert int(result.stdout.split("size")[1]) * unit < 200 * 2**20
+    assert int(out.split("size")[1]) * unit < 200 * 2**20
 
 
 @pytest.mark.parametrize(
@@ -229,15 +218,15 @@ def test_broken_connections(fake, reply, word, count):
     check_failure(result, word)
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "print('listening on nonsense')",
-        "print('listening on 127.0.0.1:x')",
-        "while True: print(end='x' * 9999)",
-        "import time; time.sleep(50)",
-    ],
-)
+BAD_STARTS = [
+    "print('listening on nonsense')",
+    "print('listening on 127.0.0.1:x')",
+    "while True: print(end='x' * 9999)",
+    "import time; time.sleep(50)",
+]
+
+
+@pytest.mark.parametrize("code", BAD_STARTS)
 def test_bad_start(tmp_path, code):
     """A server that does not say where it listens is named, and ended."""
     script = tmp_path / "bad.py"
@@ -287,8 +276,8 @@ def test_different_transcripts(tmp_path):
     script.write_text(KQUEUE.read_text().replace('b"+OK', 'b"+Ok'))
     result = run_client("--server", KQUEUE, "--server", script)
     check_failure(result, "other.py", KQUEUE.name)
-    assert re.search("^-client 1: SET .*OK", result.stdout, re.M)
-    assert re.search("^[+]client 1: SET .*Ok", result.stdout, re.M)
+    assert re.search("^-client 1: SET .*OK", result[1], re.M)
+    assert re.search("^[+]client 1: SET .*Ok", result[1], re.M)
 
 
 def test_ended_from_outside(tmp_path):
@@ -298,26 +287,21 @@ def test_ended_from_outside(tmp_path):
     script = wrapped(tmp_path, code)
     command = [*CLIENT, "--server", str(script), "--think", "50"]
     with subprocess.Popen(command) as process:
-        end = time.monotonic() + LIMIT
-        while not note.is_symlink() and time.monotonic() < end:
-            time.sleep(0.01)
+        wait_for(note.is_symlink, "the server runs")
         process.terminate()
     assert process.returncode == 128 + 15
     with pytest.raises(ProcessLookupError):
         os.kill(int(os.readlink(note)), 0)
 
 
-@pytest.mark.parametrize(
-    "options, word",
-    [
-        (["--host", "nonsense.invalid"], "nonsense.invalid"),
-        (["--port", "1"], "127.0.0.1:1"),
-        (["--port", "99999"], "99999"),
-        (["--connections", "0"], "--connections"),
-        (["--think", "nan"], "--think"),
-        (["--transcript", "a", "--transcript", "b"], "--transcript"),
-    ],
-)
-def test_nonsense(options, word):
+NONSENSE = """--host nonsense.invalid, --port 99999, --connections 0,
+--think nan, --transcript a --transcript b"""
+
+
+def test_nonsense():
     """Nonsense on the command line is named, in one line."""
-    check_failure(run_client(*options), word)
+    cases = [tuple(case.split()) for case in NONSENSE.split(",")]
+    results = together(lambda case: run_client(*case), *cases)
+    for (option, value, *_), result in zip(cases, results):
+        check_failure(result, option if len(value) < 4 else value)
+    check_failure(run_client("--port", 1), "127.0.0.1:1")

@@ -1,25 +1,15 @@
 """Clients that people have: redis-cli, redis-benchmark, nc."""
 
-import shutil
-import subprocess
-
 import pytest
-from conftest import MANY, array, bulk
+from conftest import MANY, array, bulk, needs, read_to_end, run
 
 
-def run(program, *words, data=b""):
+def output_of(program, *words, data=b""):
     """Run a client from the system, if it is there; return its output."""
-    if not shutil.which(program):
-        pytest.skip(f"{program} is not installed")
-    ended = subprocess.run(
-        [program, *map(str, words)],
-        input=data,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=60,
-    )
-    assert ended.returncode == 0, ended.stdout
-    return ended.stdout.decode()
+    needs(program)
+    status, out, err = run(program, *words, data=data)
+    assert status == 0, out + err
+    return out
 
 
 @pytest.mark.parametrize("version", ["-2", "-3"])
@@ -27,7 +17,7 @@ def test_redis_cli(server, version):
     """redis-cli talks to it, in both versions of the protocol."""
     address = version, "-h", server.host, "-p", server.port
     typed = b'SET k "a b"\nGET k\nGET nothing\nINCRBY n 42\nINFO\nQUIT\n'
-    output = run("redis-cli", *address, data=typed)
+    output = output_of("redis-cli", *address, data=typed)
     assert output.startswith("OK\na b\n\n42\n") and "role:master" in output
 
 
@@ -36,12 +26,12 @@ def test_redis_cli_pipe(server):
     pairs = [(b"k%d" % n, b"%d" % (n * n)) for n in range(20_000)]
     data = b"".join(array(b"SET", *pair) for pair in pairs)
     address = "-h", server.host, "-p", server.port
-    output = run("redis-cli", *address, "--pipe", data=data)
+    output = output_of("redis-cli", *address, "--pipe", data=data)
     assert "errors: 0, replies: 20000" in output
     request = b"".join(array(b"GET", key) for key, _ in pairs)
     with server.connect() as sock:
         sock.sendall(request + b"QUIT\r\n")
-        replies = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+        replies = read_to_end(sock)
     assert replies == b"".join(bulk(v) for _, v in pairs) + b"+OK\r\n"
 
 
@@ -51,7 +41,7 @@ def test_redis_benchmark(server):
     address = "-h", server.host, "-p", server.port, "-c", clients
     words = "-n", 1600, "-t", "ping,set,get,incr", "-q"
     for more in [], ["-P", 16]:
-        output = run("redis-benchmark", *address, *words, *more)
+        output = output_of("redis-benchmark", *address, *words, *more)
         assert output.count("requests per second") >= 5
     assert server.ask(b"GET counter:__rand_int__\r\n") == bulk(b"3200")
 
@@ -59,6 +49,6 @@ def test_redis_benchmark(server):
 def test_nc(server):
     """nc is enough for a person, who leaves with QUIT."""
     data = b"SET a 1\nINCR a\nGET a\nnonsense\nQUIT\n"
-    output = run("nc", server.host, server.port, data=data)
+    output = output_of("nc", server.host, server.port, data=data)
     begin = "+OK\r\n:2\r\n$1\r\n2\r\n-ERR unknown command "
     assert output.startswith(begin) and output.endswith("\r\n+OK\r\n")

@@ -15,14 +15,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections import defaultdict
 
 import pytest
 from conftest import (
     MANY, PATIENCE, PROC, SCRIPTS, array, arrived, bulk, bytes_in, frozen,
-    is_over, is_readable, many, needs_proc, ping, read_exactly,
+    is_readable, many, needs_proc, ping, read_exactly,
     read_to_end, talk, text_of, together, wait_for,
 )  # fmt: skip
 
@@ -34,6 +33,13 @@ NAMES = {
 }
 if not hasattr(select, "kqueue"):
     NAMES["kqueue"] += ", which epoll stands in for"
+# Lines of a file at most, and of what is the pattern's in it.
+LENGTHS = {
+    "single": (345, 90),
+    "multi": (360, 105),
+    "busy": (365, 115),
+    "kqueue": (450, 205),
+}
 
 
 def clients(server, count):
@@ -47,17 +53,9 @@ def clients(server, count):
 # ---- Its text ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name, whole, pattern",
-    [
-        ("single", 345, 90),
-        ("multi", 360, 105),
-        ("busy", 365, 115),
-        ("kqueue", 450, 205),
-    ],
-)
-def test_length(name, whole, pattern):
+def test_length(name):
     """A file is short, and so is what is the pattern's in it."""
+    whole, pattern = LENGTHS[name]
     lines = text_of(name).splitlines()
     first = [line.startswith("class ") for line in lines].index(True)
     mark = [line.startswith("# ---- The app") for line in lines].index(True)
@@ -324,37 +322,6 @@ def test_answered_at_once(server):
     pytest.fail("replies have waited for another's handler each time")
 
 
-@many
-def test_big_replies_do_not_hold_others(server):
-    """Who takes in his big replies slowly does not hold up the others."""
-    value = b"v" * 500_000
-    slow, other = server.connect(receive_buffer=4096), server.connect()
-    talk(slow, array(b"SET", b"a", value), b"+OK\r\n")
-    slow.sendall(array(b"GET", b"a") * 50)
-    for _ in range(3):
-        for _ in range(30):
-            ping(other)
-        assert read_exactly(slow, len(bulk(value))) == bulk(value)
-
-
-@many
-def test_coming_and_going(server, rng):
-    """Clients come and go in any order; each gets its own replies only."""
-    socks = []
-    for number in range(200):
-        if len(socks) < 8:
-            socks.append(server.connect())
-        sock = rng.choice(socks)
-        word = b"%d " % number * rng.choice([1, 10, 20_000])
-        talk(sock, array(b"ECHO", word), bulk(word))
-        if rng.random() < 0.4:
-            socks.remove(sock)
-            sock.close()
-    for sock in socks:
-        ping(sock)
-        assert not is_over(sock)
-
-
 def test_incr_loses_nothing(name, start):
     """INCR from 20 connections at once counts every one."""
     # Threads take turns as often as Python lets them.
@@ -386,11 +353,7 @@ def test_bytes_in_pieces(server):
             time.sleep(0.01)
         replies = b"+OK\r\n" + bulk(value) + bulk(b"b")
         assert read_exactly(sock, len(replies)) == replies
-        sender = threading.Thread(
-            target=sock.sendall, args=[b"ECHO c\r\n" * 5000 + b"GET a\r\n" * 50]
-        )
-        sender.start()
-        sender.join(PATIENCE)
+        sock.sendall(b"ECHO c\r\n" * 5000 + b"GET a\r\n" * 50)
         sock.shutdown(socket.SHUT_WR)
         time.sleep(0.05)  # the server has the end of file before we read
         assert read_to_end(sock) == bulk(b"c") * 5000 + bulk(value) * 50

@@ -8,29 +8,16 @@ import collections
 import json
 import os
 import re
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from conftest import HERE, SCRIPTS, SERVERS_DIR
+from conftest import HERE, SCRIPTS, SERVERS_DIR, run
 
 CLIENTS = 2
+TRACER = sys.executable, HERE / "bench" / "trace.py"
 SVG = "{http://www.w3.org/2000/svg}"
 PATHS = {name: SERVERS_DIR / script for name, script in SCRIPTS.items()}
-
-
-def run(*options, encoding="utf-8"):
-    """Run the tracer to its end; return its status, stdout and stderr."""
-    command = [sys.executable, HERE / "bench" / "trace.py", *options]
-    result = subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,  # seconds, on a loaded machine
-        env={**os.environ, "PYTHONIOENCODING": encoding},
-    )
-    return result.returncode, result.stdout, result.stderr
 
 
 class Traced:
@@ -42,7 +29,7 @@ class Traced:
         options += ["--json", files[0], "--svg", files[1]]
         for name in names:
             options += ["--server", PATHS[name]]
-        status, self.out, err = run(*options, encoding=encoding)
+        status, self.out, err = run(*TRACER, *options, encoding=encoding)
         assert (status, err) == (0, "")
         self.svg = files[1].read_text("utf-8")
         self.named = {}  # (process, thread or 0): its name
@@ -140,8 +127,10 @@ def test_a_handler_that_blocks(tmp_path):
     The drawing is in ASCII, if stdout takes no more.
     """
     traced = Traced(tmp_path, "blocking", "multi", "kqueue", encoding="ascii")
-    expected = ("multi", "serves client 1", 1), ("kqueue", "event loop", CLIENTS)
-    for name, lane, waiting in expected:
+    for name, lane, waiting in [
+        ("multi", "serves client 1", 1),
+        ("kqueue", "event loop", CLIENTS),
+    ]:
         lanes = traced.lanes(name)
         spans = [span for spans in lanes.values() for span in spans]
         (asleep,) = [span for span in spans if span["name"] == "sleep"]
@@ -200,7 +189,7 @@ def test_svg(thinking):
 def test_bad_scripts(tmp_path):
     """One sentence, a status that is not 0, and no process stays."""
     missing = tmp_path / "missing.py"
-    status, out, err = run("--server", missing)
+    status, out, err = run(*TRACER, "--server", missing)
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert err.startswith(f"trace.py: cannot read {missing}: No such")
     script = tmp_path / "rude.py"
@@ -213,7 +202,7 @@ def test_bad_scripts(tmp_path):
         "listener.accept()[0].close()\n"
         "time.sleep(60)\n"
     )
-    status, out, err = run("--server", script)
+    status, out, err = run(*TRACER, "--server", script)
     pid, sentence = err.splitlines()
     assert status == 1 and sentence.startswith(f"trace.py: {script}: ")
     with pytest.raises(ProcessLookupError):
