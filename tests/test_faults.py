@@ -1,6 +1,7 @@
 """What holds under faults: of the network, the system, and the clients."""
 
 import contextlib
+import itertools
 import os
 import resource
 import select
@@ -535,14 +536,17 @@ def test_300_stops_under_load(name, start):
 # ---- Output that nobody takes -----------------------------------------------
 
 
+PORTS = itertools.count(20_000 + os.getpid() % 10_000)  # connections get others
+
+
 def run_where(name, shell='exec "$0" "$@"', **where):
     """Run a server whose output leads nowhere; return it and its port."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
+    port = next(PORTS)
     line = ["sh", "-c", shell, *command(name, "--port", port)]
     process = subprocess.Popen(line, **where)
 
     def served():
+        assert process.poll() is None
         with contextlib.suppress(ConnectionRefusedError):
             with socket.create_connection(("127.0.0.1", port), 5) as sock:
                 ping(sock)
