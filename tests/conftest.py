@@ -73,11 +73,7 @@ def together(function, *items):
     Returns what they returned. Raises the first error that one has raised.
     """
     with ThreadPoolExecutor(len(items)) as pool:
-        results = {item: pool.submit(function, item) for item in items}
-    for item, result in results.items():
-        if result.exception():
-            print(f"this happened with {item}")
-    return [result.result() for result in results.values()]
+        return list(pool.map(function, items))
 
 
 def run(*command, data=b"", encoding="utf-8", cwd=None, **env):
@@ -300,11 +296,8 @@ class Server:
     def nonblocking(self):
         """Return whether it is O_NONBLOCK, for each socket."""
         links = self.proc("fd").iterdir()
-        texts = [
-            self.proc(f"fdinfo/{link.name}").read_text()
-            for link in links
-            if os.readlink(link).startswith("socket:")
-        ]
+        socks = [s for s in links if os.readlink(s).startswith("socket:")]
+        texts = [self.proc(f"fdinfo/{s.name}").read_text() for s in socks]
         flags = [re.search(r"flags:\s*([0-7]+)", text)[1] for text in texts]
         return [bool(int(flag, 8) & os.O_NONBLOCK) for flag in flags]
 
@@ -329,10 +322,8 @@ class Server:
     def kill(self):
         for sock in self.sockets:
             sock.close()
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         self.out.close()
         self.err.close()

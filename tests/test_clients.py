@@ -1,7 +1,7 @@
 """Clients that people have: redis-cli, redis-benchmark, nc."""
 
 import pytest
-from conftest import MANY, array, bulk, needs, read_to_end, run
+from conftest import MANY, bulk, needs, run
 
 
 def output_of(program, *words, data=b""):
@@ -19,20 +19,6 @@ def test_redis_cli(server, version):
     typed = b'SET k "a b"\nGET k\nGET nothing\nINCRBY n 42\nINFO\nQUIT\n'
     output = output_of("redis-cli", *address, data=typed)
     assert output.startswith("OK\na b\n\n42\n") and "role:master" in output
-
-
-def test_redis_cli_pipe(server):
-    """redis-cli --pipe sends 20,000 SETs; every one is there."""
-    pairs = [(b"k%d" % n, b"%d" % (n * n)) for n in range(20_000)]
-    data = b"".join(array(b"SET", *pair) for pair in pairs)
-    address = "-h", server.host, "-p", server.port
-    output = output_of("redis-cli", *address, "--pipe", data=data)
-    assert "errors: 0, replies: 20000" in output
-    request = b"".join(array(b"GET", key) for key, _ in pairs)
-    with server.connect() as sock:
-        sock.sendall(request + b"QUIT\r\n")
-        replies = read_to_end(sock)
-    assert replies == b"".join(bulk(v) for _, v in pairs) + b"+OK\r\n"
 
 
 def test_redis_benchmark(server):

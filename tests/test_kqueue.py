@@ -8,16 +8,13 @@ kqueue that tests/fake_kqueue.py plays. What it plays stands in kqueue(2):
               bsd/man/man2/kqueue.2
 """
 
-import errno
-import os
 import select
 import socket
 
-import fake_kqueue
 import pytest
 from conftest import (
-    HERE, PATIENCE, array, arrived, bulk, frozen, is_readable, load, ping,
-    read_exactly, read_to_end, reset, send_what_fits, talk, wait_for,
+    HERE, array, arrived, bulk, frozen, ping,
+    read_exactly, read_to_end, reset, talk, wait_for,
 )  # fmt: skip
 from fake_kqueue import ADD, DELETE, EOF, READ, WRITE
 
@@ -178,116 +175,3 @@ def test_accepted_sockets(loop, inherits):
     talk(sock, b"T a\r\n", b"$-1\r\n")
     assert server.nonblocking() == [True] * 3
     assert len(read_exactly(writer, 1_000_000)) == 1_000_000
-
-
-# ---- The class over epoll, and the played one -------------------------------
-#
-# Both go through the same steps, and tell the same. So the one is what the
-# loop may take it for, and the other is worth something. The class watches a
-# descriptor for one filter at a time, on purpose.
-
-
-class Bench:
-    """A queue, a connection, and steps to take with them, by name."""
-
-    def __init__(self, names):
-        self.kevent, self.queue = names.kevent, names.kqueue()
-        self.filters = {"read": names.KQ_FILTER_READ}
-        self.filters["write"] = names.KQ_FILTER_WRITE
-        self.flags = {"add": names.KQ_EV_ADD, "delete": names.KQ_EV_DELETE}
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        (self.ours, self.theirs), self.spare = self.pair(), self.pair()
-        self.number = self.ours.fileno()
-
-    def pair(self):
-        theirs = socket.create_connection(self.listener.getsockname())
-        return self.listener.accept()[0], theirs
-
-    def take(self, step):
-        name, *filter = step.split()
-        if name in self.flags:
-            what = self.filters[filter[0]], self.flags[name]
-            change = self.kevent(self.number, *what)
-            assert self.queue.control([change], 0) == []
-        else:
-            getattr(self, name)()
-
-    def bytes(self):
-        self.theirs.sendall(b"bytes")
-        assert is_readable(self.ours, PATIENCE)
-
-    def end(self):
-        self.theirs.shutdown(socket.SHUT_WR)
-        assert is_readable(self.ours, PATIENCE)
-
-    def reset(self):
-        reset(self.theirs)
-        assert is_readable(self.ours, PATIENCE)
-
-    def receive(self):
-        assert self.ours.recv(100) == b"bytes"
-
-    def fill(self):
-        send_what_fits(self.ours, bytes(1 << 25), 0.02)
-
-    def reuse(self):
-        """Have another connection on the number of the one just closed."""
-        self.ours.close()
-        ours, self.theirs = self.spare
-        os.dup2(ours.fileno(), self.number)
-        self.ours = socket.socket(fileno=self.number)
-
-    def ready(self):
-        events = self.queue.control(None, 10, 0)
-        assert all(event.ident == self.number for event in events)
-        return "ready" if events else ""
-
-
-def of_the_file():
-    return load("kqueue")
-
-
-def of_the_test():
-    fake_kqueue.KQ_FILTER_READ, fake_kqueue.KQ_FILTER_WRITE = READ, WRITE
-    fake_kqueue.KQ_EV_ADD, fake_kqueue.KQ_EV_DELETE = ADD, DELETE
-    return fake_kqueue
-
-
-STEPS = {
-    "add read": "",
-    "bytes, add read": "ready",
-    "bytes": "",
-    "add read, bytes, receive": "",
-    "add read, add read, bytes": "ready",
-    "add read, add read, delete read, bytes": "",
-    "add read, delete read, add write, bytes": "ready",
-    "add read, delete read, add read, bytes": "ready",
-    "add write, fill": "",
-    "add read, bytes, end": "ready",
-    "add read, bytes, end, receive": "ready",
-    "add write, fill, end": "",
-    "add read, reset": "ready",
-    # Whoever is watched is woken: epoll has EPOLLHUP or EPOLLERR alone.
-    "add write, fill, reset": "ready",
-    "add read, bytes, delete read, reset": "",
-    "add read, reuse, bytes": "",
-    "add read, reuse, add read, bytes": "ready",
-    "delete read": "ENOENT",
-    "add read, delete read, delete read": "ENOENT",
-    "add read, reuse, delete read": "ENOENT",
-}
-
-
-@pytest.mark.parametrize("queue", [of_the_file, of_the_test])
-@pytest.mark.parametrize("steps", STEPS)
-def test_steps(queue, steps):
-    """What is reported, or what error comes up."""
-    bench = Bench(queue())
-    try:
-        for step in steps.split(", "):
-            bench.take(step)
-        found = bench.ready()
-    except OSError as error:
-        found = errno.errorcode[error.errno]
-    assert found == STEPS[steps]
-

@@ -1,12 +1,4 @@
-"""What each pattern is, and how it shows from outside.
-
-| server | threads              | sockets    | waits in            | idle CPU |
-|--------|----------------------|------------|---------------------|----------|
-| single | 1                    | blocking   | accept, recv, send  | 0        |
-| multi  | 1 + 1 per connection | blocking   | the same, by thread | 0        |
-| busy   | 1                    | O_NONBLOCK | nothing             | a core   |
-| kqueue | 2                    | O_NONBLOCK | kqueue (epoll)      | 0        |
-"""
+"""What each pattern is, and how it shows from outside."""
 
 import difflib
 import re
@@ -20,7 +12,7 @@ from collections import defaultdict
 
 import pytest
 from conftest import (
-    MANY, PATIENCE, PROC, SCRIPTS, array, arrived, bulk, bytes_in, frozen,
+    MANY, PATIENCE, PROC, SCRIPTS, array, arrived, bytes_in, frozen,
     is_readable, many, needs_proc, ping, read_exactly,
     read_to_end, talk, text_of, together, wait_for,
 )  # fmt: skip
@@ -34,12 +26,7 @@ NAMES = {
 if not hasattr(select, "kqueue"):
     NAMES["kqueue"] += ", which epoll stands in for"
 # Lines of a file at most, and of what is the pattern's in it.
-LENGTHS = {
-    "single": (345, 90),
-    "multi": (360, 105),
-    "busy": (365, 115),
-    "kqueue": (450, 205),
-}
+LENGTHS = dict(zip(NAMES, [(345, 90), (360, 105), (365, 115), (450, 205)]))
 
 
 def clients(server, count):
@@ -64,13 +51,10 @@ def test_length(name):
     assert max(map(len, lines)) <= 79
 
 
-def outside_docstring(name):
-    return text_of(name).split('"""', 2)[2].splitlines()
-
-
 def test_diff_of_two_neighbours():
     """What differs between 1 and 2 is at most 28 lines."""
-    one, two = outside_docstring("single"), outside_docstring("multi")
+    texts = [text_of(n).split('"""', 2)[2] for n in ("single", "multi")]
+    one, two = map(str.splitlines, texts)
     matcher = difflib.SequenceMatcher(None, one, two, autojunk=False)
     same = sum(block.size for block in matcher.get_matching_blocks())
     assert 0 < len(one) + len(two) - 2 * same <= 28
@@ -100,13 +84,12 @@ def test_figures(server):
     assert int(info["process_id"]) == server.pid
     connected = 5 if server.name in MANY else 1
     assert int(info["connected_clients"]) == connected
-    own = {
-        "single": [],
-        "multi": ["threads_started"],
-        "busy": ["polls", "polls_empty_handed"],
-        "kqueue": ["wakeups", "events"],
-    }[server.name]
-    for field in own:  # 2 counts a thread when it has started it
+    assert info["role"] == "master" and float(info["used_cpu_user"]) > 0
+    for kind in "voluntary", "involuntary":
+        assert int(info[f"{kind}_context_switches"]) >= 0
+    own = {"busy": "polls polls_empty_handed", "kqueue": "wakeups events"}
+    own["multi"] = "threads_started"
+    for field in own.get(server.name, "").split():  # 2 counts one late
         wait_for(lambda f=field: int(server.info(socks[0])[f]) >= 5, field)
     server.stop().check()
     lines = server.stdout().splitlines()[1:]
@@ -142,13 +125,9 @@ def test_what_waiting_costs(start):
     time.sleep(1)
     used, more = {}, {}
     for server, old, new in zip(servers, before, figures()):
-        for field in "polls", "polls_empty_handed", "wakeups", "events":
-            if field in new:
-                more[field] = int(new[field]) - int(old[field])
-        used[server.name] = sum(
-            float(new[field]) - float(old[field])
-            for field in ("used_cpu_user", "used_cpu_sys")
-        )
+        for field in new.keys() - {"pattern", "role"}:
+            more[field] = float(new[field]) - float(old[field])
+        used[server.name] = more["used_cpu_user"] + more["used_cpu_sys"]
     busy = used.pop("busy")
     assert max(used.values()) < 0.1, used
     # Others may want the core as well, so "most of it" is not asked for.
@@ -245,18 +224,17 @@ def test_second_client(server):
     others = [server.connect() for _ in range(3)]
     for sock in reversed(others):
         sock.sendall(b"INCR turn\r\n")
-    if server.name == "single":
-        assert not is_readable(others[0], 0.1)
-        talk(first, request[20:], b"$5\r\nhello\r\n")
-        first.close()
-        for turn, sock in enumerate(others, 1):  # in the order they came
-            assert read_exactly(sock, 4) == b":%d\r\n" % turn
-            assert not any(map(is_readable, others[turn:]))
-            sock.close()
-    else:
+    if server.name != "single":
         turns = [read_exactly(sock, 4) for sock in others]
         assert sorted(turns) == [b":1\r\n", b":2\r\n", b":3\r\n"]
-        talk(first, request[20:], b"$5\r\nhello\r\n")
+        return
+    assert not is_readable(others[0], 0.1)
+    talk(first, request[20:], b"$5\r\nhello\r\n")
+    first.close()
+    for turn, sock in enumerate(others, 1):  # in the order they came
+        assert read_exactly(sock, 4) == b":%d\r\n" % turn
+        assert not any(map(is_readable, others[turn:]))
+        sock.close()
 
 
 def test_handler_that_blocks(server):
@@ -338,22 +316,3 @@ def test_incr_loses_nothing(name, start):
         numbers += mine
     assert sorted(numbers) == list(range(1, 20 * each + 1))
     server.stop().check()
-
-
-def test_bytes_in_pieces(server):
-    """Requests in pieces, with pauses; a line end in two; then 5,000 at once.
-
-    And who has shut down its sending side still gets every reply.
-    """
-    value = bytes(range(256)) * 3000
-    with server.connect() as sock:
-        stream = array(b"SET", b"a", value) + b"GET a\r" + b"\nECHO b\r\n"
-        for begin, end in (0, 5), (5, 700_000), (700_000, -9), (-9, None):
-            sock.sendall(stream[begin:end])
-            time.sleep(0.01)
-        replies = b"+OK\r\n" + bulk(value) + bulk(b"b")
-        assert read_exactly(sock, len(replies)) == replies
-        sock.sendall(b"ECHO c\r\n" * 5000 + b"GET a\r\n" * 50)
-        sock.shutdown(socket.SHUT_WR)
-        time.sleep(0.05)  # the server has the end of file before we read
-        assert read_to_end(sock) == bulk(b"c") * 5000 + bulk(value) * 50
