@@ -115,7 +115,7 @@ test test-all:
 	  touch $$venv/ready || exit 1; \
 	fi; \
 	PYTHONDONTWRITEBYTECODE=1; export PYTHONDONTWRITEBYTECODE; \
-	run="$$venv/bin/python -m pytest -q -rs -p no:cacheprovider"; \
+	run="$$venv/bin/python -m pytest -q -rfEs -p no:cacheprovider"; \
 	test $@ = test || run="$$run --slow"; \
 	$$run $(HALF) >build/$@.txt 2>&1 & half=$$!; \
 	trap "kill $$half" INT TERM; \

@@ -16,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import termios
 import time
@@ -37,6 +38,7 @@ MANY = ["multi", "busy", "kqueue"]  # those that serve many clients at once
 PATIENCE = 30  # seconds; what has not come by then does not come
 LIMIT = 120  # seconds for a program that runs to its end, on a loaded machine
 PROC = Path("/proc/self/fdinfo").exists()
+FREE = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # free-threaded
 
 needs_proc = pytest.mark.skipif(not PROC, reason="looks into Linux's /proc")
 many = pytest.mark.parametrize("name", MANY)

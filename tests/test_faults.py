@@ -14,15 +14,14 @@ import time
 
 import pytest
 from conftest import (
-    MANY, PATIENCE, PROC, SCRIPTS, Server, array, arrived, bulk, command,
+    FREE, MANY, PATIENCE, PROC, SCRIPTS, Server, array, arrived, bulk, command,
     frozen, is_over, is_readable, needs_proc, ping, read_exactly, read_to_end,
     reset, run, send_what_fits, talk, together, wait_for,
 )  # fmt: skip
 
 MIB = 1024 * 1024
-# What a process may grow by, where it could be 5 GB.
 PYPY = sys.implementation.name == "pypy"
-SOME = (60 if PYPY else 10) * MIB
+SOME = (60 if PYPY else 10) * MIB  # to grow by, where it could be 5 GB
 BIG = b"v" * 900_000
 SET_BIG = array(b"SET", b"big", BIG)
 
@@ -91,8 +90,7 @@ def accept(self):
     if errors:
         number = getattr(errno, errors.pop())
         raise OSError(number, "accept fails")
-    connection, address = real(self)
-    return connection, None
+    return real(self)[0], None
 socket.socket.accept = accept
 """
 
@@ -178,19 +176,21 @@ def test_readers_of_big_values(server):
 
 
 @needs_proc
-@pytest.mark.skipif(PYPY, reason="PyPy ends when it has no memory")
+@pytest.mark.skipif(PYPY or FREE, reason="it has memory of its own ways")
 def test_no_memory_left(start):
     """A connection that asks for more than there is ends; the server stays."""
 
     def check(name):
         shell = 'ulimit -s 512; ulimit -v 200000; exec "$0" "$@"'
         server = start(name, shell=shell, env={"MALLOC_ARENA_MAX": "1"})
-        socks = [server.connect()]
-        while len(socks) < 400 and not any(map(is_over, socks)):
-            ping(socks[0])
-            socks.append(server.connect())
-            send_what_fits(socks[-1], b"*1\r\n$1000000\r\n" + BIG, 0.02)
-        assert any(map(is_over, socks)), "nobody was refused"
+        socks = [server.connect() for _ in range(200)]
+        for sock in socks:
+            ping(sock)  # so in 2 it is not the thread that lacks memory
+        for sock in socks[1:]:
+            if not any(map(is_over, socks)):
+                ping(socks[0])
+                send_what_fits(sock, b"*1\r\n$1000000\r\n" + BIG, 0.02)
+        wait_for(lambda: any(map(is_over, socks)), "somebody is refused", 5)
         ping(socks[0])
         for sock in socks:
             sock.close()
@@ -579,7 +579,6 @@ def test_stuck_reader_of_stderr():
         out = subprocess.PIPE
         process, port = run_where(name, stdout=out, stderr=writer)
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, 3))
-        # Linux sets a descriptor aside before accept waits: one may be in.
         address = "127.0.0.1", port
         socks = [socket.create_connection(address) for _ in range(3)]
         for sock in socks:
@@ -587,8 +586,9 @@ def test_stuck_reader_of_stderr():
         tasks = f"/proc/{process.pid}/task"
 
         def stuck():
-            files = [f"{tasks}/{task}/wchan" for task in os.listdir(tasks)]
-            return any("pipe_write" in open(file).read() for file in files)
+            with contextlib.suppress(FileNotFoundError):  # a thread has ended
+                files = [f"{tasks}/{task}/wchan" for task in os.listdir(tasks)]
+                return any("pipe_write" in open(file).read() for file in files)
 
         wait_for(stuck, "it waits for the reader of its stderr")
         process.terminate()
@@ -664,9 +664,8 @@ setattr(select, real.__name__, Broken)
 """
 NO_QUEUE = """
 import select
-for name in "kqueue", "kevent", "epoll":
-    if hasattr(select, name):
-        delattr(select, name)
+for name in {"kqueue", "kevent", "epoll"} & set(dir(select)):
+    delattr(select, name)
 """
 
 

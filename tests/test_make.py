@@ -28,17 +28,16 @@ def copy(tmp_path_factory):
 
 
 TARGETS = """demo demo-single demo-multi demo-busy demo-kqueue diff compare
-    trace scale bench syscalls pictures test test-all clean"""
+    trace scale bench syscalls pictures test test-all clean""".split()
 
 
 def test_help(make):
     """Without a target, make says what there is; and it knows all that."""
     status, output, _ = make()
-    targets = TARGETS.split()
-    assert status == 0 and all(f"make {name}" in output for name in targets)
-    tried = together(lambda name: make("-n", name), *targets)
-    assert [status for status, _, _ in tried] == [0] * len(targets)
-    _, output, _ = tried[targets.index("test")]  # in an environment of its own
+    assert status == 0 and all(f"make {name}" in output for name in TARGETS)
+    tried = together(lambda name: make("-n", name), *TARGETS)
+    assert [status for status, _, _ in tried] == [0] * len(TARGETS)
+    _, output, _ = tried[TARGETS.index("test")]  # in an environment of its own
     assert f"{sys.executable} -m venv" in output
     assert "-m pytest" in output and "tests" in output
 
