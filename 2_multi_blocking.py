@@ -44,7 +44,7 @@ class TCPServer:
         """Listen on `address`, a host and a port. OSError if that fails."""
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.listener = socket.create_server(address, family=family)
-        self.listener.listen(4096)  # so many may wait, if the kernel agrees
+        self.listener.listen(4096)  # the backlog; the kernel may clip it
         # Send small replies at once. The connections inherit this.
         self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.new_conversation = new_conversation  # called for each client
@@ -59,16 +59,16 @@ class TCPServer:
                 connection, address = self.listener.accept()
             except OSError as error:
                 if error.errno in SHORTAGE:  # else only that client is lost
-                    with contextlib.suppress(OSError):  # it may be closed
+                    with contextlib.suppress(OSError):  # stderr may be closed
                         print(f"cannot accept: {error}", file=sys.stderr)
                     time.sleep(1)  # by then there may be room for it
                 continue
             handler = IncomingTCPConnection(connection, self)
+            self.threads_started += 1
             while not self.start_thread(handler):
                 with contextlib.suppress(OSError):
                     print("cannot start a thread", file=sys.stderr)
                 time.sleep(1)
-            self.threads_started += 1
 
     def start_thread(self, handler):
         """Have a thread run handle(). Return whether there was one for it."""
@@ -110,13 +110,13 @@ class IncomingTCPConnection:
                     return self.linger()
 
     def send(self, replies):
-        """Send replies. BlockingIOError if the client takes none in time."""
+        """Send replies. Raises BlockingIOError if none moves in time."""
         end = time.monotonic() + self.idle_timeout
         while replies:
             try:
                 replies = replies[self.connection.send(replies) :]
                 end = time.monotonic() + self.idle_timeout
-            except BlockingIOError:  # 1/8 is over; Linux may see room late
+            except BlockingIOError:  # try again: Linux tells of room late
                 if time.monotonic() >= end:
                     raise
             except ConnectionError:  # it has gone; what it asked is still done
@@ -125,15 +125,15 @@ class IncomingTCPConnection:
 
     def linger(self):
         """Read to the end: to close on unread bytes could lose the reply."""
-        self.connection.shutdown(socket.SHUT_WR)
         self.limit_waiting(socket.SO_RCVTIMEO, LINGER)
+        self.connection.shutdown(socket.SHUT_WR)
         end = time.monotonic() + LINGER
         while time.monotonic() < end and self.connection.recv(CHUNK):
             pass
 
     def limit_waiting(self, option, seconds):
-        """Let recv or send give up by then, with EAGAIN: BlockingIOError."""
-        # Not settimeout(): then poll() would sleep, and recv would not block.
+        """After so long, recv or send fails with EAGAIN: BlockingIOError."""
+        # settimeout() would make the socket non-blocking, and sleep in poll().
         # "ll" is a struct timeval where a long has 64 bits.
         timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
         self.connection.setsockopt(socket.SOL_SOCKET, option, timeval)
@@ -322,9 +322,9 @@ def figures(server):
 
 
 def stop(signal_number, frame):
-    """Print the figures and end, whatever the threads are doing."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # once
-    with contextlib.suppress(OSError):  # it may be closed
+    """Print the figures, once, and end, whatever the threads are doing."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    with contextlib.suppress(OSError):  # stdout may be closed
         print(figures(Conversation.server), end="", flush=True)
     os._exit(0)
 
@@ -344,14 +344,14 @@ def main():
     except (OSError, OverflowError, TypeError, ValueError) as error:
         sys.exit(f"cannot listen on {options.host}:{options.port}: {error}")
     Conversation.server = server  # for INFO
-    signal.signal(signal.SIGINT, stop)  # even if "&" in a script has it off
+    signal.signal(signal.SIGINT, stop)  # even if a script's "&" had it ignored
     signal.signal(signal.SIGTERM, stop)
-    # Python misses a signal that comes just before a call sleeps, as one may
-    # that answers the line below. This wakes the call, once, to see to it.
+    # A signal that comes just before a call sleeps is only seen when the call
+    # returns, which may be never. So an alarm ends the first sleep, once.
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     host, port = server.listener.getsockname()[:2]
-    with contextlib.suppress(OSError):  # it may be closed
+    with contextlib.suppress(OSError):  # stdout may be closed
         print(f"{server.pattern}: listening on {host}:{port}", flush=True)
     server.start()
 

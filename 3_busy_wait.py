@@ -44,7 +44,7 @@ class TCPServer:
         """Listen on `address`, a host and a port. OSError if that fails."""
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.listener = socket.create_server(address, family=family)
-        self.listener.listen(4096)  # so many may wait, if the kernel agrees
+        self.listener.listen(4096)  # the backlog; the kernel may clip it
         # Send small replies at once. The connections inherit this.
         self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.listener.setblocking(False)
@@ -59,8 +59,8 @@ class TCPServer:
         """Serve until a signal ends the program."""
         while True:
             now = time.monotonic()
-            while self.accept(now):
-                pass
+            while self.accept(now) and time.monotonic() < now + 0.01:
+                pass  # a crowd of newcomers is not to hold up the others
             for client in list(self.clients):
                 self.polls += 1
                 self.empty_handed += 0 if client.step() else 1
@@ -76,7 +76,7 @@ class TCPServer:
         except OSError as error:
             self.empty_handed += 1
             if error.errno in SHORTAGE and now >= self.quiet_until:
-                with contextlib.suppress(OSError):  # it may be closed
+                with contextlib.suppress(OSError):  # stderr may be closed
                     print(f"cannot accept: {error}", file=sys.stderr)
                 self.quiet_until = now + 1  # second
             return False
@@ -115,7 +115,7 @@ class Client:
             if self.wants == READ:
                 data = self.connection.recv(CHUNK)
                 if not data or self.conversation.finished:
-                    self.wants = READ if data else CLOSE  # finished: drop it
+                    self.wants = READ if data else CLOSE  # finished: drop data
                     return True
                 self.conversation.receive(data)
             self.send()
@@ -327,9 +327,9 @@ def figures(server):
 
 
 def stop(signal_number, frame):
-    """Print the figures and end, whatever the threads are doing."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # once
-    with contextlib.suppress(OSError):  # it may be closed
+    """Print the figures, once, and end, whatever the threads are doing."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    with contextlib.suppress(OSError):  # stdout may be closed
         print(figures(Conversation.server), end="", flush=True)
     os._exit(0)
 
@@ -349,14 +349,14 @@ def main():
     except (OSError, OverflowError, TypeError, ValueError) as error:
         sys.exit(f"cannot listen on {options.host}:{options.port}: {error}")
     Conversation.server = server  # for INFO
-    signal.signal(signal.SIGINT, stop)  # even if "&" in a script has it off
+    signal.signal(signal.SIGINT, stop)  # even if a script's "&" had it ignored
     signal.signal(signal.SIGTERM, stop)
-    # Python misses a signal that comes just before a call sleeps, as one may
-    # that answers the line below. This wakes the call, once, to see to it.
+    # A signal that comes just before a call sleeps is only seen when the call
+    # returns, which may be never. So an alarm ends the first sleep, once.
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     host, port = server.listener.getsockname()[:2]
-    with contextlib.suppress(OSError):  # it may be closed
+    with contextlib.suppress(OSError):  # stdout may be closed
         print(f"{server.pattern}: listening on {host}:{port}", flush=True)
     server.start()
 

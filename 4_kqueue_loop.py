@@ -49,7 +49,7 @@ class TCPServer:
         """Listen on `address`, a host and a port. OSError if that fails."""
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.listener = socket.create_server(address, family=family)
-        self.listener.listen(4096)  # so many may wait, if the kernel agrees
+        self.listener.listen(4096)  # the backlog; the kernel may clip it
         # Send small replies at once. The connections inherit this.
         self.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.listener.setblocking(False)
@@ -63,7 +63,7 @@ class TCPServer:
         thread.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         thread.join()
-        sys.exit(1)  # threading has printed the traceback
+        sys.exit(1)  # the loop has failed; its traceback is printed
 
     def tally(self):
         """Return the pattern's own figures, for INFO."""
@@ -82,16 +82,16 @@ class EventLoop:
         self.new_conversation = new_conversation  # called for each client
         self.idle_timeout = idle_timeout  # seconds without a byte moving
         self.clients = {}  # descriptor: Client
-        self.wakeups = 0  # with events: the looks at each TICK do not count
-        self.events = 0  # how many the queue had for us in all these
-        self.queue = kqueue()
+        self.wakeups = 0  # how often the queue had events for us
+        self.events = 0  # how many it had, in all these
+        self.next_look = 0  # when to look for the silent, and for room
+        self.queue = kqueue()  # that of select, or the class below
         self.watch(listener, READ, KQ_EV_ADD)
 
     def run(self):
         """Serve for ever."""
-        next_look = 0
         while True:
-            events = self.queue.control(None, MAX_EVENTS, TICK)
+            events = self.queue.control(None, MAX_EVENTS, TICK)  # sleeps here
             now = time.monotonic()
             self.wakeups += 1 if events else 0
             self.events += len(events)
@@ -100,8 +100,8 @@ class EventLoop:
                     self.serve(self.clients[event.ident], now)
                 else:  # the listener: somebody new
                     self.accept()
-            if now >= next_look:
-                next_look = now + TICK
+            if now >= self.next_look:
+                self.next_look = now + TICK
                 for client in list(self.clients.values()):
                     # Linux reports room late: a slow reader gets another try.
                     if client.wants == WRITE or now >= client.deadline:
@@ -109,7 +109,7 @@ class EventLoop:
                 self.watch(self.listener, READ, KQ_EV_ADD)  # it may be off
 
     def watch(self, sock, wanted, flag):
-        """Have the queue begin or end to watch a socket. It does not wait."""
+        """Have the queue begin or end to watch a socket. Take no events."""
         filter = KQ_FILTER_WRITE if wanted == WRITE else KQ_FILTER_READ
         self.queue.control([kevent(sock.fileno(), filter, flag)], 0)
 
@@ -121,11 +121,11 @@ class EventLoop:
             self.watch(connection, READ, KQ_EV_ADD)
         except OSError as error:
             if error.errno in SHORTAGE:  # else only that client is lost
-                with contextlib.suppress(OSError):  # it may be closed
+                with contextlib.suppress(OSError):  # stderr may be closed
                     print(f"cannot accept: {error}", file=sys.stderr)
                 # Level-triggered, the queue would report this again and again.
-                # run() will watch the listener anew at its next look.
                 self.watch(self.listener, READ, KQ_EV_DELETE)
+                self.next_look = time.monotonic() + 1  # and try again then
             return
         conversation = self.new_conversation()
         client = Client(connection, conversation, self.idle_timeout)
@@ -139,7 +139,7 @@ class EventLoop:
             del self.clients[client.connection.fileno()]
             client.connection.close()  # this takes it out of the queue, too
         elif client.wants != before:
-            # Never for both: there is room to write at nearly all times.
+            # Never for both: there is nearly always room, it would not sleep.
             self.watch(client.connection, before, KQ_EV_DELETE)
             self.watch(client.connection, client.wants, KQ_EV_ADD)
 
@@ -165,7 +165,7 @@ class Client:
             if self.wants == READ:
                 data = self.connection.recv(CHUNK)
                 if not data or self.conversation.finished:
-                    self.wants = READ if data else CLOSE  # finished: drop it
+                    self.wants = READ if data else CLOSE  # finished: drop data
                     return True
                 self.conversation.receive(data)
             self.send()
@@ -197,7 +197,7 @@ class Client:
 # ---- kqueue on Linux --------------------------------------------------------
 #
 # Linux has epoll. It does the same job, but watches a descriptor once, with a
-# mask; kqueue watches it once for each filter. This loop has no use for two.
+# mask; kqueue watches it once for each filter. This loop uses one at a time.
 
 try:
     from select import KQ_EV_ADD, KQ_EV_DELETE, KQ_FILTER_READ, KQ_FILTER_WRITE
@@ -222,7 +222,7 @@ except ImportError:
                 if change.flags == KQ_EV_DELETE:
                     self.epoll.unregister(change.ident)
                 else:
-                    with contextlib.suppress(FileExistsError):
+                    with contextlib.suppress(FileExistsError):  # no error
                         self.epoll.register(change.ident, change.filter)
                     self.watched[change.ident] = change
             ready = self.epoll.poll(timeout, max_events) if max_events else []
@@ -412,9 +412,9 @@ def figures(server):
 
 
 def stop(signal_number, frame):
-    """Print the figures and end, whatever the threads are doing."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # once
-    with contextlib.suppress(OSError):  # it may be closed
+    """Print the figures, once, and end, whatever the threads are doing."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    with contextlib.suppress(OSError):  # stdout may be closed
         print(figures(Conversation.server), end="", flush=True)
     os._exit(0)
 
@@ -434,14 +434,14 @@ def main():
     except (OSError, OverflowError, TypeError, ValueError) as error:
         sys.exit(f"cannot listen on {options.host}:{options.port}: {error}")
     Conversation.server = server  # for INFO
-    signal.signal(signal.SIGINT, stop)  # even if "&" in a script has it off
+    signal.signal(signal.SIGINT, stop)  # even if a script's "&" had it ignored
     signal.signal(signal.SIGTERM, stop)
-    # Python misses a signal that comes just before a call sleeps, as one may
-    # that answers the line below. This wakes the call, once, to see to it.
+    # A signal that comes just before a call sleeps is only seen when the call
+    # returns, which may be never. So an alarm ends the first sleep, once.
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     host, port = server.listener.getsockname()[:2]
-    with contextlib.suppress(OSError):  # it may be closed
+    with contextlib.suppress(OSError):  # stdout may be closed
         print(f"{server.pattern}: listening on {host}:{port}", flush=True)
     server.start()
 

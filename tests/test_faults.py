@@ -21,7 +21,7 @@ from conftest import (
 
 MIB = 1024 * 1024
 PYPY = sys.implementation.name == "pypy"
-SOME = (60 if PYPY else 10) * MIB  # to grow by, where it could be 5 GB
+SOME = (300 if PYPY else 10) * MIB  # to grow by, where it could be 5 GB
 BIG = b"v" * 900_000
 SET_BIG = array(b"SET", b"big", BIG)
 
@@ -83,24 +83,28 @@ def test_connections_that_break(server):
             reset(server.connect())
 
 
-ACCEPT_FAILS = """
-import errno, socket
-real, errors = socket.socket.accept, ["ECONNABORTED", "EPROTO", "ENETDOWN"]
+ACCEPT = """
+import errno, socket, types
+real, end = socket.socket.accept, lambda size: b""
+errors = ["ENFILE", "ECONNABORTED", "EPROTO", "ENETDOWN"]
 def accept(self):
     if errors:
-        number = getattr(errno, errors.pop())
-        raise OSError(number, "accept fails")
-    return real(self)[0], None
+        raise OSError(getattr(errno, errors.pop()), "accept fails")
+    try:
+        return real(self)[0], None
+    except BlockingIOError:  # in 3: and there is always somebody new
+        new = types.SimpleNamespace(setblocking=bool, recv=end, close=bool)
+        return new, None
 socket.socket.accept = accept
 """
 
 
-def test_errors_of_accept(name, start):
-    """Errors that are the client's own; and on macOS, no address (None)."""
-    server = start(name, prelude=ACCEPT_FAILS)
+def test_accept(name, start):
+    """The client's own errors, a shortage, no address (macOS); a crowd."""
+    server = start(name, prelude=ACCEPT)
     server.ping()
     server.stop().check()
-    assert server.stderr() == ""
+    assert server.stderr().count("\n") == 1  # the shortage is told
 
 
 @needs_proc
@@ -158,6 +162,7 @@ def test_client_that_never_reads(server):
 
 
 @needs_proc
+@pytest.mark.skipif(PYPY, reason="it frees memory when it likes")
 @pytest.mark.parametrize("name", ["busy", "kqueue"])
 def test_readers_of_big_values(server):
     """40 who are answered at once do not make it hold 40 replies."""
@@ -321,12 +326,14 @@ def a_while(server):
         fields = server.proc("stat").read_text().rpartition(")")[2].split()
         return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
-    before, started = cpu(), time.monotonic()
-    time.sleep(1.2)
+    before, early = cpu(), server.stderr().splitlines()
+    started = time.monotonic()
+    time.sleep(2.2)
     seconds = time.monotonic() - started
     assert server.name == "busy" or (cpu() - before) / seconds < 0.2
     lines = server.stderr().splitlines()
-    assert 1 <= len(lines) <= seconds + 3 and len(set(lines)) == 1, lines
+    assert early and len(lines) - len(early) <= seconds + 1, (early, lines)
+    assert len(set(lines)) == 1
 
 
 def serve_the_rest(socks):
@@ -490,11 +497,8 @@ def test_started_in_the_background(start, number):
 
 def stop_early(name, number):
     """Send a signal as soon as the server has said that it listens."""
-    server = subprocess.Popen(
-        command(name, "--port", 0),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    line, pipe = command(name, "--port", 0), subprocess.PIPE
+    server = subprocess.Popen(line, stdout=pipe, stderr=pipe)
     assert b"listening on" in server.stdout.readline()
     server.send_signal(number)
     output, errors = server.communicate(timeout=PATIENCE)
