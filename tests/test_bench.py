@@ -5,7 +5,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from conftest import HERE, SCRIPTS, SERVERS_DIR, needs, run, together
+from conftest import HERE, PROC, SCRIPTS, SERVERS_DIR, needs, run, together
 
 SVG = "{http://www.w3.org/2000/svg}"
 TWO = SCRIPTS["single"], SCRIPTS["kqueue"]
@@ -42,10 +42,20 @@ def test_compare(tools):
     """Who is held up and who is not; what the figures of a crowd count."""
     status, out, err = tools["compare"]
     assert status == 0 and err == "", err
-    assert re.search(r"another's PING +must wait +\d+ ms\n", out), out
-    assert re.search(r"another's PING then +must wait +\d+ ms\n", out), out
-    assert re.search(r"threads meanwhile +1 +2\n", out), out
-    assert re.search(r"after +only 1 of 500 +\d+ ms\n", out), out
+    for row in [
+        r"time elapsed +\d\.\d\d s +\d\.\d\d s",
+        r"first reply, worst +\d+ ms +\d+ ms",
+        r"another's PING +must wait +\d+ ms",
+        r"another's PING then +must wait +\d{3} ms",
+        r"CPU in use +\d% +\d%",
+        r"threads meanwhile +1 +2",
+        *([r"memory for each +- +\d\.\d KiB"] if PROC else []),
+        r"all answered after +only 1 of 500 +\d+ ms",
+        r"context switches +[\d,]+ +[\d,]+",
+        r"wake-ups for PINGs +- +\d+\n  events per wake-up +- +[\d.]+",
+    ]:
+        assert re.search(f"^  {row}$", out, re.M), (row, out)
+    assert "\nChoose  1 single" in out and "\n        4 kqueue" in out
 
 
 @pytest.mark.parametrize("name", ["demo", "scale"])
