@@ -258,6 +258,8 @@ def number(value):
     """Return a figure as a short text."""
     if value is None:
         return "-"
+    if value >= 99_999.5:
+        return f"{value / 1000:,.0f}k"
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}"
 
 

@@ -3,7 +3,7 @@
 
 Each server script is run unchanged under recorder.py, while clients play a
 scene: `thinking` is that of `make demo`; in `quiet` a client sends half a
-request and says no more; in `blocking` one asks for a handler that blocks.
+request and waits; in `blocking` one asks for a handler that blocks.
 The scene is played without the recorder too, to see what that costs.
 
 Start it:  make trace    or    make trace SCENE=quiet
@@ -109,7 +109,7 @@ class Pinging(Thinking):
 
 
 class Quiet(Pinging):
-    title = "client 1 sends half a request and says no more, the others PING"
+    title = "client 1 sends half a request, leaves in 0.6 s; the others PING"
 
     async def first(self, visitor, reader, writer):
         writer.write(encode("PING")[:-4])
