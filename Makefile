@@ -1,6 +1,6 @@
 # Works with GNU make (3.81 and newer) and with BSD make.
 # PYTHON= chooses the interpreter:  make demo PYTHON=pypy3
-# The clients of all demos:  make demo CONNECTIONS=1000 THINK=0.5
+# The clients of all demos:  make demo CONNECTIONS=16 THINK=0.1
 
 PYTHON = python3
 CONNECTIONS = 8

@@ -88,8 +88,7 @@ class Crowd:
             raise Failed(text) from None
 
     async def talk(self, watch):
-        # What fails is raised where we wait for it. Asyncio is not to print a
-        # traceback beside that for each of a thousand connections.
+        # What fails is raised below; asyncio need not print it for each, too.
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)
         self.all_open = asyncio.Event()
         self.start = time.monotonic()
@@ -413,9 +412,10 @@ def main():
     what = f"{options.connections} clients, {options.requests} requests each"
     legend = "{} waits for the server   {} talks".format(*glyphs())
     print(f"{what}, {options.think:g} s apart   {legend}", flush=True)
-    # All drawings have one scale of time: room for one client after the other.
+    # One scale of time for all: room for one after the other, if that can end.
     alone = (options.requests - 1) * options.think
-    scale = min(1.2 * options.connections * alone + 0.1, options.timeout)
+    serial = 1.2 * options.connections * alone + 0.1
+    scale = serial if serial <= options.timeout else 1.2 * alone + 0.1
     columns, lines = shutil.get_terminal_size()
     room = columns > WIDTH and lines > min(options.connections, MOST_LINES) + 1
     live = room and sys.stdout.isatty()
