@@ -7,7 +7,6 @@ variable SERVERS_DIR names. Break a copy there, and see which test finds it.
 import contextlib
 import importlib.util
 import os
-import random
 import re
 import select
 import shutil
@@ -194,6 +193,7 @@ def reset(sock):
 
 # ---- Servers ----------------------------------------------------------------
 
+
 def command(name, *options, prelude=""):
     """Return the command that starts a script, after `prelude` if given."""
     run = "\nimport runpy, sys; del sys.argv[0]"
@@ -374,9 +374,3 @@ def server(name, start):
         sock.close()
     if server.process.poll() is None:
         server.stop().check()
-
-
-@pytest.fixture
-def rng(request):
-    """A source of random choices, the same in every run."""
-    return random.Random(request.node.name)
