@@ -43,6 +43,11 @@ needs_proc = pytest.mark.skipif(not PROC, reason="looks into Linux's /proc")
 many = pytest.mark.parametrize("name", MANY)
 
 
+def slowly(value):
+    """Return a value for a test that needs --slow."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run all tests")
 
@@ -340,9 +345,6 @@ def frozen(server):
         yield
     finally:
         os.kill(server.pid, signal.SIGCONT)
-
-
-# ---- Fixtures ---------------------------------------------------------------
 
 
 @pytest.fixture(params=SCRIPTS)

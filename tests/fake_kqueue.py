@@ -10,7 +10,7 @@ import fcntl
 import math
 import os
 import select
-import socket
+import socket  # noqa: F401  it looks for kqueue: before install()
 import struct
 import termios
 import time
@@ -41,7 +41,6 @@ class kqueue:
     """
 
     log = None  # a file that gets a line for each change and event
-    spurious = False  # report all that is watched whenever there are events
 
     def __init__(self):
         self.registered = {}  # (ident, filter): file
@@ -90,7 +89,6 @@ class kqueue:
                 event_of(ident, filter, ready.get(ident, 0))
                 for ident, filter in sorted(self.registered)
                 if ready.get(ident, 0) & (ASK[filter] | GONE)
-                or (ready and self.spurious)
             ]
             if events or not left:
                 return events[:max_events]
@@ -120,24 +118,11 @@ def file_of(descriptor):
 # ---- What a server's process is to call before anything else ----------------
 
 
-def install(log, spurious=False):
+def install(log):
     """Have this process use this kqueue. It writes to the file `log`."""
-    kqueue.log, kqueue.spurious = open(log, "a"), spurious
+    kqueue.log = open(log, "a")
     select.kqueue, select.kevent = kqueue, kevent
     select.KQ_FILTER_READ, select.KQ_FILTER_WRITE = READ, WRITE
     select.KQ_EV_ADD, select.KQ_EV_DELETE = ADD, DELETE
     if hasattr(select, "epoll"):
         del select.epoll
-
-
-def accept_inherits(inherits):
-    """Have accepted sockets inherit O_NONBLOCK, as on macOS, or not."""
-    real = socket.socket.accept
-
-    def accept(self):
-        connection, address = real(self)
-        blocking = not inherits or os.get_blocking(self.fileno())
-        os.set_blocking(connection.fileno(), blocking)
-        return connection, address
-
-    socket.socket.accept = accept

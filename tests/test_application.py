@@ -56,9 +56,6 @@ def answer(conversation, *pieces):
     return replies, conversation.finished
 
 
-# ---- Replies ----------------------------------------------------------------
-
-
 def arity(command):
     return b"-ERR wrong number of arguments for '%b' command\r\n" % command
 
@@ -84,10 +81,8 @@ ROWS = [
     (b"INCRBY a %b | INCRBY a %b" % (MAX, MIN), b":%b\r\n:-1\r\n" % MAX),
 ]
 TABLE = {request.decode(): (asked(request), r) for request, r in ROWS}
-TABLE["bytes"] = (
-    array(b"ECHO", ANY) + array(b"echo", b""),
-    bulk(ANY) + bulk(b""),
-)
+both = array(b"ECHO", ANY) + array(b"echo", b"")
+TABLE["bytes"] = both, bulk(ANY) + bulk(b"")
 TABLE["any key"] = (
     array(b"SET", ANY, ANY) + array(b"GET", ANY) + array(b"GET", ANY.lower()),
     OK + bulk(ANY) + NIL,
@@ -162,8 +157,6 @@ def test_hello(new):
             assert answer(one, request) == (refusal + nothing, False)
 
 
-# ---- What is refused --------------------------------------------------------
-
 BREACHES = [
     b"*x", b"*", b"*+1", b"* 1", b"*01", b"*1_0", b"*99999999999", b"*1025",
     b"*9223372036854775808", b"*1\r\n$x", b"*1\r\n$", b"*1\r\n$-1",
@@ -225,9 +218,6 @@ def test_limits_are_checked_before_memory_is_spent(new, begin):
     assert peak < MIB
 
 
-# ---- How much at once -------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [10, 1000, 500_000])
 def test_replies_are_bounded(new, size):
     """replies() gives about 64 KiB and one reply at a time; none is lost.
@@ -282,8 +272,6 @@ def test_nobody_takes_the_replies(new):
     assert len(replies) < 1000
     assert new.values == {b"big": big, b"a": b"30", b"b": b"150", b"c": b"1"}
 
-
-# ---- Beside the real one ----------------------------------------------------
 
 INTEGERS = [b"0", b"1", b"-1", b"42", MAX, MIN, b"9223372036854775806"]
 SIZES = dict.fromkeys([b"PING", b"ECHO", b"GET", b"INCR"], 1)
@@ -367,9 +355,6 @@ def test_random_conversations(new, real):
     kinds = [PONG, OK, NIL, NOT_INTEGER, OVERFLOW, SYNTAX, bulk(MAX)]
     kinds += [b":1\r\n", *(arity(name.lower()) for name in SIZES)]
     assert [kind for kind in kinds if all_of_them.count(kind) < 3] == []
-
-
-# ---- The text of the files --------------------------------------------------
 
 
 def parts_of(name):

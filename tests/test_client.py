@@ -3,6 +3,7 @@
 SERVERS_DIR in the environment names other servers to test it with.
 """
 
+import asyncio
 import contextlib
 import fcntl
 import itertools
@@ -10,6 +11,7 @@ import os
 import pty
 import re
 import resource
+import signal
 import struct
 import subprocess
 import sys
@@ -18,7 +20,9 @@ import time
 import types
 
 import pytest
-from conftest import HERE, LIMIT, SCRIPTS, SERVERS_DIR, run, together, wait_for
+from conftest import (
+    HERE, LIMIT, SCRIPTS, SERVERS_DIR, needs, run, slowly, together, wait_for,
+)  # fmt: skip
 from fake_server import right, spoiled, start
 
 ALL = [SERVERS_DIR / script for script in SCRIPTS.values()]
@@ -73,9 +77,6 @@ def fake():
         yield lambda reply=right: start(reply, stack)
 
 
-# ---- Talking and drawing ----------------------------------------------------
-
-
 def test_side_by_side(tmp_path):
     """All servers in one run: on one scale of time, and in one table."""
     files = [tmp_path / "new" / script.stem for script in ALL]
@@ -98,21 +99,53 @@ def test_side_by_side(tmp_path):
     assert len(texts) == 1 and texts.pop().count("INCR counter") == 16
 
 
-def test_many_at_once(monkeypatch):
-    """All are connected at the same time, and the server has room for all."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    count = min(2000, hard - 100) if hard > 0 else 2000
-    monkeypatch.setattr(client, "BATCH", 400)  # so it takes some of them
-    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
-    try:
-        client.raise_descriptor_limit(count + 50)
-        with client.Server(str(KQUEUE), LIMIT) as server:
-            crowd = visit(server.port, connections=count, requests=2)
-            assert visit(server.port, requests=7).mistakes == []  # once more
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert crowd.mistakes == []
-    assert crowd.midway["connected_clients"] == str(count)
+def test_all_at_once(monkeypatch):
+    """All are connected at the same time; then others are, on that server."""
+    monkeypatch.setattr(client, "BATCH", 40)  # so it takes some of them
+    with client.Server(str(KQUEUE), LIMIT) as server:
+        crowd = visit(server.port, connections=150, requests=2)
+        assert visit(server.port, requests=7).mistakes == []
+    assert crowd.mistakes == [] and crowd.midway["connected_clients"] == "150"
+
+
+@pytest.mark.parametrize("count", [300, slowly(10_000)])
+def test_crowd(count):
+    """It allows itself the files; 20 are drawn, on a scale that shows them."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    count = min(count, hard - 100) if hard > 0 else count
+    options = "--connections", count, "--requests", 2, "--think", 0.5
+    command = *CLIENT, "--server", KQUEUE, "--timeout", 60, *options
+    shell = 'ulimit -Sn 100; exec "$0" "$@"'
+    status, out, err = run("sh", "-c", shell, *command)
+    assert status == 0, err
+    ((scale, rows),) = drawings_of(out)
+    assert len(rows) == 20 and max(map(len, rows)) > scale
+
+
+@pytest.mark.parametrize(
+    "python", [slowly(f"python3.{n}") for n in range(9, 16)]
+)
+def test_other_interpreters(python):
+    """Each Python that is installed runs the client and all servers."""
+    needs(python)
+    if run(python, "-V")[0]:
+        pytest.skip(f"{python} does not run")
+    servers = [word for script in ALL for word in ("--server", script)]
+    status, out, err = run(python, CLIENT[1], *servers)
+    assert status == 0 and "All 4 transcripts are the same" in out, err
+
+
+def test_connecting_again(fake, monkeypatch):
+    """All but the first may be refused, and try again."""
+    real, calls = asyncio.open_connection, itertools.count()
+
+    async def refuse_some(*where, **more):
+        if next(calls) in (2, 4, 5, 9):
+            raise ConnectionRefusedError
+        return await real(*where, **more)
+
+    monkeypatch.setattr(asyncio, "open_connection", refuse_some)
+    assert visit(fake()).mistakes == [] and next(calls) > 12
 
 
 def test_longer_than_expected(fake):
@@ -147,32 +180,24 @@ def test_live(fake, lines, grows):
     assert (len(rows[0][0]) < len(rows[-1][0])) == (len(rows) > 1) == grows
 
 
-# ---- When things go wrong ---------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "command, wrong, word",
     [
-        (b"", b"", "no mistake"),
         (b"SET", b"-ERR no\r\n", "SET"),
         (b"GET", b"$-1\r\n", "GET"),
         (b"GET", b"$x\r\n", "GET"),
         (b"INCR", b":1\r\n", "counter"),
         (b"INCRBY", b":15\r\n", "counter"),
-        (b"GET", b"$5\r\nab", "ran out"),
+        (b"SET", b"$5\r\nab", "ran out after 0.5 s: 0 of 8 clients"),
         (b"GET", None, "closed"),
         (b"INFO", None, "closed"),
     ],
 )
 def test_wrong_reply(fake, command, wrong, word):
     """A wrong reply is found, and told in a plain sentence."""
-    timeout = 0.5 if word == "ran out" else LIMIT
-    try:
-        crowd = visit(fake(spoiled(command, wrong)), timeout=timeout)
-        said = [*crowd.mistakes, "no mistake"][0]
-    except client.Failed as failure:
-        said = str(failure)
-    assert word in said and "\n" not in said
+    options = "--think", 0, "--timeout", 0.5 if "ran out" in word else LIMIT
+    port = fake(spoiled(command, wrong))
+    check_failure(run_client("--port", port, *options), word)
 
 
 def test_wrong_info(fake):
@@ -251,13 +276,20 @@ timer = threading.Timer(0.3, os._exit, [7])
 say = print
 builtins.print = lambda *words, **more: say(*words, **more) or timer.start()
 """
+FAILS = "end = os._exit; os._exit = lambda status: end(3)"
+STAYS = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {15})"
 
 
-def test_server_dies(tmp_path):
-    """A server that dies is named, with its status."""
-    script = wrapped(tmp_path, DIES)
-    result = run_client("--server", script, "--think", 0.2)
-    check_failure(result, "wrapped.py died", "7")
+@pytest.mark.parametrize(
+    "code, how",
+    [(DIES, "died: status 7"), (FAILS, "stopped: status 3"),
+     (STAYS, "stopped: status -9")],
+)  # fmt: skip
+def test_server_ends_badly(tmp_path, code, how):
+    """A server that dies, fails at the end or does not end is named."""
+    options = "--think", 0.2, "--timeout", 4 if code == STAYS else LIMIT
+    result = run_client("--server", wrapped(tmp_path, code), *options)
+    check_failure(result, f"wrapped.py {how}")
 
 
 def test_different_transcripts(tmp_path):
@@ -270,7 +302,8 @@ def test_different_transcripts(tmp_path):
     assert re.search("^[+]client 1: SET .*Ok", result[1], re.M)
 
 
-def test_ended_from_outside(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ended_from_outside(tmp_path, number):
     """Whoever ends the client ends the server that it has started."""
     note = tmp_path / "pid"
     code = f"os.symlink(str(os.getpid()), {str(note)!r})"  # in one step
@@ -278,14 +311,15 @@ def test_ended_from_outside(tmp_path):
     command = [*CLIENT, "--server", str(script), "--think", "50"]
     with subprocess.Popen(command) as process:
         wait_for(note.is_symlink, "the server runs")
-        process.terminate()
-    assert process.returncode == 128 + 15
+        process.send_signal(number)
+    assert process.returncode == 128 + number
     with pytest.raises(ProcessLookupError):
         os.kill(int(os.readlink(note)), 0)
 
 
 NONSENSE = """--host nonsense.invalid, --port 99999, --connections 0,
---think nan, --transcript a --transcript b"""
+--requests 0, --timeout 0, --think nan, --think -1, --connections 1000000,
+--transcript a --transcript b"""
 
 
 def test_nonsense():
@@ -293,5 +327,22 @@ def test_nonsense():
     cases = [tuple(case.split()) for case in NONSENSE.split(",")]
     results = together(lambda case: run_client(*case), *cases)
     for (option, value, *_), result in zip(cases, results):
-        check_failure(result, option if len(value) < 4 else value)
+        named = value if option in ("--host", "--port") else option
+        check_failure(result, named)
     check_failure(run_client("--port", 1), "127.0.0.1:1")
+
+
+def test_output_that_cannot_be_written(fake, tmp_path):
+    """A transcript: one sentence. Nobody reads stdout any more: nothing."""
+    result = run_client("--port", fake(), "--transcript", tmp_path)
+    check_failure(result, "cannot write", str(tmp_path))
+    command = *CLIENT, "--port", fake()
+    assert run("sh", "-c", '"$0" "$@" | true', *command)[2] == ""
+
+
+def test_defaults(monkeypatch):
+    """The options, and what they are if not given."""
+    monkeypatch.setattr(sys, "argv", ["client.py"])
+    numbers = dict(port=6380, connections=8, requests=4, think=0.05)
+    texts = dict(host="127.0.0.1", timeout=30, server=[], transcript=[])
+    assert vars(client.command_line()) == {**numbers, **texts}

@@ -16,7 +16,7 @@ import pytest
 from conftest import (
     FREE, MANY, PATIENCE, PROC, SCRIPTS, Server, array, arrived, bulk, command,
     frozen, is_over, is_readable, needs_proc, ping, read_exactly, read_to_end,
-    reset, run, send_what_fits, talk, together, wait_for,
+    reset, run, send_what_fits, slowly, talk, together, wait_for,
 )  # fmt: skip
 
 MIB = 1024 * 1024
@@ -505,9 +505,7 @@ def stop_early(name, number):
     assert (server.returncode, errors) == (0, b"") and b"threads:" in output
 
 
-@pytest.mark.parametrize(
-    "times", [1, pytest.param(100, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("times", [1, slowly(100)])
 def test_early_signals(name, times):
     """A signal right after the first line ends it as any other."""
     for _ in range(times):

@@ -13,8 +13,7 @@ import socket
 
 import pytest
 from conftest import (
-    HERE, array, arrived, bulk, frozen, ping,
-    read_exactly, read_to_end, reset, talk, wait_for,
+    HERE, array, arrived, bulk, frozen, ping, read_to_end, reset, wait_for,
 )  # fmt: skip
 from fake_kqueue import ADD, DELETE, EOF, READ, WRITE
 
@@ -33,13 +32,12 @@ def loop(start, tmp_path):
     """
     servers, log = [], tmp_path / "log"
 
-    def loop(then="", spurious=False, **more):
+    def loop(**more):
         prelude = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
 from fake_kqueue import *
-install({str(log)!r}, {spurious})
-{then}
+install({str(log)!r})
 """
         servers.append(start("kqueue", prelude=prelude, **more))
         servers[0].log = log
@@ -84,9 +82,6 @@ def ask_and_not_read(server):
     return sock
 
 
-# ---- The loop ---------------------------------------------------------------
-
-
 def test_end_with_bytes_unread(loop):
     """EVFILT_READ: EV_EOF may come with data still in the buffer."""
     server = loop()
@@ -101,10 +96,8 @@ def test_end_with_bytes_unread(loop):
         closed.close()
     wait_for(lambda: added(server, WRITE), "it waits to write")
     assert read_to_end(sock) == b":1\r\n" + bulk(VALUE) * 50
-    wait_for(
-        lambda: server.ask(b"GET b\r\n") == bulk(b"9000"),
-        "all that was sent is carried out",
-    )
+    all_done = bulk(b"9000")
+    wait_for(lambda: server.ask(b"GET b\r\n") == all_done, "it is carried out")
     events = logged(server, "event")
     assert [e for e in events if e[1] == READ and e[2] & EOF and e[3] > 0]
 
@@ -159,19 +152,3 @@ def test_no_descriptor_is_free(loop):
         sock.close()
     changes = logged(server, "change")
     assert [c for c in changes if c[0] == listener and c[2] == DELETE]
-
-
-@pytest.mark.parametrize("inherits", [True, False])
-def test_accepted_sockets(loop, inherits):
-    """accept(2): macOS hands O_NONBLOCK on, Linux and accept4() do not.
-
-    Here all that is watched is reported as ready when something is: an
-    accept() or recv() that blocked would hang.
-    """
-    server = loop(f"accept_inherits({inherits})", spurious=True)
-    sock, writer = server.connect(), ask_and_not_read(server)
-    talk(sock, b"GE", b"")
-    server.ping()
-    talk(sock, b"T a\r\n", b"$-1\r\n")
-    assert server.nonblocking() == [True] * 3
-    assert len(read_exactly(writer, 1_000_000)) == 1_000_000

@@ -4,7 +4,7 @@ import shutil
 import sys
 
 import pytest
-from conftest import HERE, needs, run, together
+from conftest import HERE, SCRIPTS, needs, run, together
 
 PYTHON = f"PYTHON={sys.executable}"
 
@@ -27,19 +27,32 @@ def copy(tmp_path_factory):
     return folder
 
 
-TARGETS = """demo demo-single demo-multi demo-busy demo-kqueue diff compare
-    trace scale bench syscalls pictures test test-all clean""".split()
+BENCH = "tests/bench/{}.py".format
+FOUR = *SCRIPTS.values(), "--timeout 30"
+FIRST, *OTHERS = [script[:-3] for script in SCRIPTS.values()]
+RUNS = {  # what make -n has to say of each
+    "demo": [*FOUR, "client.py --connections 8 --requests 4 --think 0.05"],
+    "trace": [BENCH("trace"), "--scene thinking", *FOUR[4:]],
+    "diff": [f"diff build/{FIRST}.txt build/{name}.txt" for name in OTHERS],
+    "pictures": [f"build/{name}.svg" for name in ("demo", "trace", "scale")],
+    "test": ["test test = test ||", "--slow", "tests/test_faults.py"],
+    "test-all": ["test test-all = test ||", f"{sys.executable} -m venv"],
+    **{name: [BENCH(name)] for name in "compare scale bench syscalls".split()},
+    **{f"demo-{name}": [f"--server {SCRIPTS[name]}"] for name in SCRIPTS},
+    "clean": ["rm -rf build"],
+}
 
 
 def test_help(make):
     """Without a target, make says what there is; and it knows all that."""
     status, output, _ = make()
-    assert status == 0 and all(f"make {name}" in output for name in TARGETS)
-    tried = together(lambda name: make("-n", name), *TARGETS)
-    assert [status for status, _, _ in tried] == [0] * len(TARGETS)
-    _, output, _ = tried[TARGETS.index("test")]  # in an environment of its own
-    assert f"{sys.executable} -m venv" in output
-    assert "-m pytest" in output and "tests" in output
+    assert status == 0 and all(f"make {name}" in output for name in RUNS)
+    tried = together(lambda name: make("-n", name), *RUNS)
+    assert [status for status, _, _ in tried] == [0] * len(RUNS)
+    texts = (" ".join(output.split()) for _, output, _ in tried)
+    outputs = dict(zip(RUNS, texts))
+    for target, texts in RUNS.items():
+        assert [t for t in texts if t not in outputs[target]] == [], target
 
 
 def test_demo(make):

@@ -39,9 +39,6 @@ def clients(server, count):
     return socks
 
 
-# ---- Its text ---------------------------------------------------------------
-
-
 def test_length(name):
     """A file is short, and so is what is the pattern's in it."""
     whole, pattern = LENGTHS[name]
@@ -71,9 +68,6 @@ def test_client_is_the_same():
         for name in ("busy", "kqueue")
     }
     assert "def step(" in client
-
-
-# ---- Threads, sockets, figures ----------------------------------------------
 
 
 def test_figures(server):
@@ -140,8 +134,6 @@ def test_what_waiting_costs(start):
     assert more["polls"] - more["polls_empty_handed"] < 10
     assert more["wakeups"] == more["events"] == 1
 
-
-# ---- Where each waits, as strace sees it ------------------------------------
 
 WAITS = {"poll", "ppoll", "select", "pselect6", "epoll_wait", "epoll_pwait"}
 WAITS |= {"epoll_pwait2", "nanosleep", "clock_nanosleep"}
@@ -211,9 +203,6 @@ def test_where_each_waits(start, tmp_path):
             assert "accept" in vain or "accept4" in vain
         elif server.name != "kqueue":
             assert not waits and not vain
-
-
-# ---- Who is kept waiting ----------------------------------------------------
 
 
 def test_second_client(server):

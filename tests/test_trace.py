@@ -60,7 +60,7 @@ def thinking(tmp_path_factory):
     PATHS["own"].write_text(
         f"import runpy, sys; sys.path.insert(0, {str(HERE)!r})\n"
         "from fake_kqueue import install\n"
-        f"install({str(folder / 'log')!r}, ())\n"
+        f"install({str(folder / 'log')!r})\n"
         f"runpy.run_path({str(PATHS['kqueue'])!r}, run_name='__main__')\n"
     )
     return Traced(folder, "thinking", *PATHS)
