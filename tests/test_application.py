@@ -66,7 +66,6 @@ def asked(text):
 
 
 TOP = b"9223372036854775806"
-# Redis answers the same to all of these.
 ROWS = [
     (b"PING | pInG a", PONG + bulk(b"a")),
     (b"PING a b | eChO | ECHO a b", arity(b"ping") + arity(b"echo") * 2),

@@ -330,6 +330,9 @@ def test_nonsense():
         named = value if option in ("--host", "--port") else option
         check_failure(result, named)
     check_failure(run_client("--port", 1), "127.0.0.1:1")
+    shell = 'ulimit -n 100; exec "$0" "$@"'
+    result = run("sh", "-c", shell, *CLIENT, "--port", 1, "--connections", 99)
+    check_failure(result, "149 open files needed, 100 allowed")
 
 
 def test_output_that_cannot_be_written(fake, tmp_path):

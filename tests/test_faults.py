@@ -525,7 +525,6 @@ def test_300_stops_under_load(name, start):
 
 # ---- Output that nobody takes -----------------------------------------------
 
-
 # Connections get other ports.
 PORTS = itertools.count(20_000 + os.getpid() % 10_000)
 
