@@ -49,7 +49,7 @@ def test_compare(tools):
         r"another's PING then +must wait +\d{3} ms",
         r"CPU in use +\d% +\d%",
         r"threads meanwhile +1 +2",
-        *([r"memory for each +- +\d\.\d KiB"] if PROC else []),
+        *([r"memory for each +- +-?[\d.]+ KiB"] if PROC else []),
         r"all answered after +only 1 of 500 +\d+ ms",
         r"context switches +[\d,]+ +[\d,]+",
         r"wake-ups for PINGs +- +\d+\n  events per wake-up +- +[\d.]+",
