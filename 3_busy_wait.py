@@ -60,7 +60,7 @@ class TCPServer:
         while True:
             now = time.monotonic()
             while self.accept(now) and time.monotonic() < now + 0.01:
-                pass  # a crowd of newcomers is not to hold up the others
+                pass  # 10 ms at most: newcomers are not to hold up the others
             for client in list(self.clients):
                 self.polls += 1
                 self.empty_handed += 0 if client.step() else 1

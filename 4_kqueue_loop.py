@@ -139,7 +139,7 @@ class EventLoop:
             del self.clients[client.connection.fileno()]
             client.connection.close()  # this takes it out of the queue, too
         elif client.wants != before:
-            # Never for both: there is nearly always room, it would not sleep.
+            # Never for both: there is nearly always room, the loop would spin.
             self.watch(client.connection, before, KQ_EV_DELETE)
             self.watch(client.connection, client.wants, KQ_EV_ADD)
 
@@ -222,7 +222,7 @@ except ImportError:
                 if change.flags == KQ_EV_DELETE:
                     self.epoll.unregister(change.ident)
                 else:
-                    with contextlib.suppress(FileExistsError):  # no error
+                    with contextlib.suppress(FileExistsError):  # twice is fine
                         self.epoll.register(change.ident, change.filter)
                     self.watched[change.ident] = change
             ready = self.epoll.poll(timeout, max_events) if max_events else []

@@ -10,7 +10,7 @@ import fcntl
 import math
 import os
 import select
-import socket  # noqa: F401  it looks for kqueue: before install()
+import socket  # noqa: F401  looks for kqueue, so before install()
 import struct
 import termios
 import time

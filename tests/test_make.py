@@ -49,10 +49,9 @@ def test_help(make):
     assert status == 0 and all(f"make {name}" in output for name in RUNS)
     tried = together(lambda name: make("-n", name), *RUNS)
     assert [status for status, _, _ in tried] == [0] * len(RUNS)
-    texts = (" ".join(output.split()) for _, output, _ in tried)
-    outputs = dict(zip(RUNS, texts))
-    for target, texts in RUNS.items():
-        assert [t for t in texts if t not in outputs[target]] == [], target
+    for (target, texts), (_, output, _) in zip(RUNS.items(), tried):
+        output = " ".join(output.split())
+        assert [text for text in texts if text not in output] == [], target
 
 
 def test_demo(make):

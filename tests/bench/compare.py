@@ -143,10 +143,10 @@ def ask_a_crowd(server):
             while len(lines) < CROWD:
                 lines.append(stack.enter_context(Line(server, PATIENCE)))
         for _ in range(10):  # until all are accepted; the first has only one
-            connected = lines[0].info()
-            if figure(connected, "connected_clients") >= len(lines):
-                break
             time.sleep(0.05)
+            connected = lines[0].info()
+            if figure(connected, "connected_clients") in (1, len(lines)):
+                break
         start = time.monotonic()
         for line in lines:
             line.send("PING")
@@ -170,7 +170,10 @@ def ask_a_crowd(server):
 
 
 def own_count(before, connected, after):
-    """Return what the pattern did from one INFO to the next, as rows."""
+    """Return what the pattern did, in all and since `connected`, as rows.
+
+    Each of the three is an INFO: {name: text}.
+    """
 
     def grown(*names, since=before):
         return figure(after, *names) - figure(since, *names)
