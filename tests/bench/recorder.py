@@ -62,9 +62,7 @@ CALLS = [  # how a call is named here, whose it may be, how Python names it
     ("lock", MODULE, ["pause", "sigwait"]),  # for a signal, not for a thread
 ]
 WATCHED = {
-    name: (what, owners)
-    for what, owners, names in CALLS
-    for name in names
+    name: (what, owners) for what, owners, names in CALLS for name in names
 }
 lanes = []
 ports = {}  # id of a socket: (weak reference to it, its client's port or None)
