@@ -248,7 +248,7 @@ def next_request(stream):
     line = stream.readline()
     if line[:1] != b"*":  # somebody types, such as: GET a
         words = whole(line).split(None, MAX_WORDS)
-        if words[:1] in ([b"POST"], [b"Host:"]) or len(words) > MAX_WORDS:
+        if len(words) > MAX_WORDS or re.match(rb"(?i)\s*(post|host:)\s", line):
             raise ValueError("too many words, or HTTP, as from a web page")
         return words
     count = COUNTS[line] if line in COUNTS else to_integer(whole(line)[1:])
