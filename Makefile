@@ -116,7 +116,7 @@ test test-all:
 	fi; \
 	PYTHONDONTWRITEBYTECODE=1; export PYTHONDONTWRITEBYTECODE; \
 	run="$$venv/bin/python -m pytest -q -rfEs -p no:cacheprovider"; \
-	test $@ = test || run="$$run --slow"; \
+	test $@ = test || run="env SLOW=1 $$run"; \
 	$$run $(HALF) >build/$@.txt 2>&1 & half=$$!; \
 	trap "kill $$half" INT TERM; \
 	$$run --ignore-glob='*faults.py' --ignore-glob='*patterns.py' tests; \

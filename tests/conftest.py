@@ -41,24 +41,12 @@ FREE = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # free-threaded
 
 needs_proc = pytest.mark.skipif(not PROC, reason="looks into Linux's /proc")
 many = pytest.mark.parametrize("name", MANY)
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="needs SLOW=1")
 
 
 def slowly(value):
-    """Return a value for a test that needs --slow."""
-    return pytest.param(value, marks=pytest.mark.slow)
-
-
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run all tests")
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: runs with --slow only")
-
-
-def pytest_runtest_setup(item):
-    if item.get_closest_marker("slow") and not item.config.option.slow:
-        pytest.skip("takes long, runs with --slow only")
+    """Return a value for a test that takes long with it."""
+    return pytest.param(value, marks=slow)
 
 
 def wait_for(condition, what, patience=PATIENCE):

@@ -5,6 +5,8 @@ goes through the lines that are meant for macOS and the BSDs. It plays
 EVFILT_READ and EVFILT_WRITE with EV_ADD and EV_DELETE, and refuses the rest.
 """
 
+import collections
+import contextlib
 import errno
 import fcntl
 import math
@@ -22,14 +24,9 @@ NO_MORE = getattr(select, "POLLRDHUP", 0x2000)  # the other side's last byte
 ASK = {READ: select.POLLIN | NO_MORE, WRITE: select.POLLOUT}
 
 
-class kevent:
-    """What select.kevent is."""
-
-    def __init__(self, ident, filter=READ, flags=ADD, data=0):
-        self.ident = ident
-        self.filter = filter
-        self.flags = flags
-        self.data = data
+# What select.kevent is.
+fields = "ident filter flags data"
+kevent = collections.namedtuple("kevent", fields, defaults=(READ, ADD, 0))
 
 
 class kqueue:
@@ -57,8 +54,7 @@ class kqueue:
 
     def note(self, kind, what):
         if self.log:
-            fields = what.ident, what.filter, what.flags, what.data
-            print(kind, *fields, file=self.log, flush=True)
+            print(kind, *what, file=self.log, flush=True)
 
     def apply(self, change):
         key, file = (change.ident, change.filter), file_of(change.ident)
@@ -97,13 +93,11 @@ class kqueue:
 def event_of(ident, filter, ready):
     """Return the event for a descriptor that poll() says is `ready`."""
     ends = GONE | NO_MORE if filter == READ else GONE
-    event = kevent(ident, filter, ADD | (EOF if ready & ends else 0))
-    try:
+    data = 1
+    with contextlib.suppress(OSError):  # it listens: data is how many wait
         number = fcntl.ioctl(ident, termios.FIONREAD, bytes(4))
-        event.data = struct.unpack("i", number)[0] if filter == READ else 1
-    except OSError:  # it listens; then this is how many wait
-        event.data = 1
-    return event
+        data = struct.unpack("i", number)[0] if filter == READ else 1
+    return kevent(ident, filter, ADD | (EOF if ready & ends else 0), data)
 
 
 def file_of(descriptor):

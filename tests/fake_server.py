@@ -23,16 +23,14 @@ def start(reply, stack):
 def accept(listener, reply):
     with contextlib.suppress(OSError):  # the test is over
         while True:
-            sock = listener.accept()[0]
-            if reply:
-                args = sock, reply
-                threading.Thread(target=serve, args=args, daemon=True).start()
-                continue
-            reset(sock)
+            args = listener.accept()[0], reply
+            threading.Thread(target=serve, args=args, daemon=True).start()
 
 
 def serve(sock, reply):
     """Serve one client of a fake server."""
+    if reply is None:
+        return reset(sock)
     with contextlib.suppress(OSError), sock, sock.makefile("rb") as lines:
         for count in lines:
             words = []
@@ -46,17 +44,16 @@ def serve(sock, reply):
                 sock.sendall(part)
 
 
-application, lock = load("kqueue"), threading.Lock()
+application = load("kqueue")
 
 
 def right(words):
     """Reply as a right server would; this one knows no INFO."""
     if words[0] == b"INFO":
         return b"-ERR unknown command\r\n"
-    with lock:
-        conversation = application.Conversation()
-        conversation.receive(array(*words))
-        return conversation.replies()
+    conversation = application.Conversation()
+    conversation.receive(array(*words))
+    return conversation.replies()
 
 
 def spoiled(command, wrong):

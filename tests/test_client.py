@@ -27,16 +27,14 @@ from fake_server import right, spoiled, start
 
 ALL = [SERVERS_DIR / script for script in SCRIPTS.values()]
 KQUEUE = ALL[-1]
-CLIENT = [sys.executable, str(HERE.parent / "client.py")]
+CLIENT = [sys.executable, "-S", str(HERE.parent / "client.py")]
 sys.path.insert(0, str(HERE.parent))
 
 import client  # noqa: E402
 
-ENDLESS = itertools.repeat(b"7" * 65536)
-
 
 def run_client(*options, **more):
-    """Run client.py to its end; return its status, stdout and stderr."""
+    """Run client.py, with the standard library only; return as run does."""
     return run(*CLIENT, *options, **more)
 
 
@@ -95,6 +93,8 @@ def test_side_by_side(tmp_path):
     for _, rows in drawings[1:]:
         assert max(map(len, rows)) < len(drawings[0][1][-1])
     assert re.search("^threads, midway +1 +9 +1 +2$", output, re.M), output
+    for row in "CPU seconds +[0-9]", "polls +- +- +[0-9]", "wake-ups .*[0-9]$":
+        assert re.search(f"^{row}", output, re.M), (row, output)
     texts = {file.read_text() for file in files}
     assert len(texts) == 1 and texts.pop().count("INCR counter") == 16
 
@@ -132,7 +132,7 @@ def test_other_interpreters(python):
     if run(python, "-V")[0]:
         pytest.skip(f"{python} does not run")
     servers = [word for script in ALL for word in ("--server", script)]
-    status, out, err = run(python, CLIENT[1], *servers)
+    status, out, err = run(python, CLIENT[-1], *servers)
     assert status == 0 and "All 4 transcripts are the same" in out, err
 
 
@@ -223,7 +223,8 @@ def test_endless_reply(fake, begin):
         "import resource, subprocess, sys; subprocess.call(sys.argv[1:]);"
         "print('size', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    endless = fake(lambda words: itertools.chain([begin], ENDLESS))
+    sevens = itertools.repeat(b"7" * 65536)
+    endless = fake(lambda words: itertools.chain([begin], sevens))
     client = *CLIENT, "--port", endless
     _, out, err = run(sys.executable, "-c", code, *client)
     assert "too long" in err and err.count("\n") == 1

@@ -16,7 +16,7 @@ import pytest
 from conftest import (
     FREE, MANY, PATIENCE, PROC, SCRIPTS, Server, array, arrived, bulk, command,
     frozen, is_over, is_readable, needs_proc, ping, read_exactly, read_to_end,
-    reset, run, send_what_fits, slowly, talk, together, wait_for,
+    reset, run, send_what_fits, slow, slowly, talk, together, wait_for,
 )  # fmt: skip
 
 MIB = 1024 * 1024
@@ -121,11 +121,11 @@ def test_all_that_was_sent_is_carried_out(server):
             arrived(sock)
             end(sock)
         done += 2001
-        wait_for(
-            lambda done=done: server.ask(b"GET a\r\n") == bulk(b"%d" % done),
-            f"{done} times INCR are carried out",
-            patience=5,
-        )
+
+        def all_done(right=bulk(b"%d" % done)):
+            return server.ask(b"GET a\r\n") == right
+
+        wait_for(all_done, f"{done} INCRs are carried out", 5)
 
 
 def test_nobody_works_for_a_ghost(server):
@@ -294,6 +294,9 @@ def test_last_reply_arrives(server):
             replies = read_to_end(sock)
         assert replies.startswith(b"+PONG\r\n-ERR Protocol error: ")
         assert replies.count(b"\r\n") == 2
+    sock = server.connect()
+    talk(sock, b"QUIT\r\n", b"+OK\r\n")
+    assert is_readable(sock, 0.9)  # the end, and not only when it has waited
 
 
 def flood_after_an_error(sock):
@@ -471,6 +474,7 @@ def test_signals(start, signals, situation):
             assert sock.fileno() < 0 or is_readable(sock, PATIENCE)
         second = start(name, "--port", server.port)  # the last one counts
         assert second.port == server.port  # it can be taken at once
+        assert min(server.seconds, second.stop().seconds) < 1
 
     together(check, *SCRIPTS)
 
@@ -502,7 +506,7 @@ def stop_early(name, number):
     assert b"listening on" in server.stdout.readline()
     server.send_signal(number)
     output, errors = server.communicate(timeout=PATIENCE)
-    assert (server.returncode, errors) == (0, b"") and b"threads:" in output
+    assert (server.returncode, errors) == (0, b"") and b"clients:0" in output
 
 
 @pytest.mark.parametrize("times", [1, slowly(100)])
@@ -512,7 +516,7 @@ def test_early_signals(name, times):
         together(lambda number: stop_early(name, number), ONE, OTHER)
 
 
-@pytest.mark.slow
+@slow
 def test_300_stops_under_load(name, start):
     """No signal is lost, none is late, none leaves a traceback."""
     for number in range(300):

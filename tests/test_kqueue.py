@@ -30,21 +30,17 @@ def loop(start, tmp_path):
     In the end, it has let all clients go, does not spin, has not failed (as
     it does when the queue refuses a change), and stops as it must.
     """
-    servers, log = [], tmp_path / "log"
-
-    def loop(**more):
-        prelude = f"""
+    log = tmp_path / "log"
+    prelude = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
 from fake_kqueue import *
 install({str(log)!r})
 """
-        servers.append(start("kqueue", prelude=prelude, **more))
-        servers[0].log = log
-        return servers[0]
-
-    yield loop
-    (server,) = servers
+    shell = 'ulimit -n 16; exec "$0" "$@"'  # one of the tests needs it
+    server = start("kqueue", prelude=prelude, shell=shell)
+    server.log = log
+    yield server
     for sock in server.sockets:
         sock.close()
     with server.connect() as sock:
@@ -84,21 +80,20 @@ def ask_and_not_read(server):
 
 def test_end_with_bytes_unread(loop):
     """EVFILT_READ: EV_EOF may come with data still in the buffer."""
-    server = loop()
-    server.ask(array(b"SET", b"big", VALUE))
-    with frozen(server):
-        sock, closed = server.connect(4096), server.connect()
+    loop.ask(array(b"SET", b"big", VALUE))
+    with frozen(loop):
+        sock, closed = loop.connect(4096), loop.connect()
         sock.sendall(b"INCR a\r\n" + b"GET big\r\n" * 50)
         closed.sendall(b"INCR b\r\n" * 9000)
         for one in sock, closed:
             arrived(one)
             one.shutdown(socket.SHUT_WR)
         closed.close()
-    wait_for(lambda: added(server, WRITE), "it waits to write")
+    wait_for(lambda: added(loop, WRITE), "it waits to write")
     assert read_to_end(sock) == b":1\r\n" + bulk(VALUE) * 50
     all_done = bulk(b"9000")
-    wait_for(lambda: server.ask(b"GET b\r\n") == all_done, "it is carried out")
-    events = logged(server, "event")
+    wait_for(lambda: loop.ask(b"GET b\r\n") == all_done, "it is carried out")
+    events = logged(loop, "event")
     assert [e for e in events if e[1] == READ and e[2] & EOF and e[3] > 0]
 
 
@@ -107,14 +102,13 @@ def test_filters_are_separate(loop):
 
     Who waits to write is not watched for reads, and later not for writes.
     """
-    server = loop()
-    sock = ask_and_not_read(server)
-    ident = added(server, WRITE)[-1]
+    sock = ask_and_not_read(loop)
+    ident = added(loop, WRITE)[-1]
     sock.shutdown(socket.SHUT_WR)
     assert read_to_end(sock) == 200 * bulk(VALUE)
     flags = [
         change[1:3]
-        for change in logged(server, "change")
+        for change in logged(loop, "change")
         if change[0] == ident and change[1] == WRITE or change[2] == DELETE
     ]
     assert flags[:2] == [(READ, DELETE), (WRITE, ADD)]
@@ -126,29 +120,27 @@ def test_closing_drops_registrations(loop):
 
     EVFILT_WRITE: EV_EOF is set when the reader disconnects.
     """
-    server = loop()
     for _ in range(3):
-        gone, writer = server.connect(), ask_and_not_read(server)
-        ident = added(server, WRITE)[-1]
+        gone, writer = loop.connect(), ask_and_not_read(loop)
+        ident = added(loop, WRITE)[-1]
         ping(gone)
         reset(writer)
         gone.close()
-        for sock in [server.connect() for _ in range(3)]:
+        for sock in [loop.connect() for _ in range(3)]:
             ping(sock)
             sock.sendall(b"*x\r\n")
             assert read_to_end(sock).startswith(b"-ERR Protocol error")
-        events = [e for e in logged(server, "event") if e[0] == ident]
+        events = [e for e in logged(loop, "event") if e[0] == ident]
         assert [e for e in events if e[1] == WRITE and e[2] & EOF]
 
 
 def test_no_descriptor_is_free(loop):
     """EV_ADD again is no error; EV_DELETE of what is not there is ENOENT."""
-    server = loop(shell='ulimit -n 16; exec "$0" "$@"')
-    socks = [server.connect() for _ in range(25)]
-    wait_for(lambda: "cannot accept" in server.stderr(), "it is short of them")
-    listener = logged(server, "change")[0][0]
+    socks = [loop.connect() for _ in range(25)]
+    wait_for(lambda: "cannot accept" in loop.stderr(), "it is short of them")
+    listener = logged(loop, "change")[0][0]
     for sock in socks:
         ping(sock)  # by now it has been accepted
         sock.close()
-    changes = logged(server, "change")
+    changes = logged(loop, "change")
     assert [c for c in changes if c[0] == listener and c[2] == DELETE]

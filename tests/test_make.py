@@ -27,17 +27,17 @@ def copy(tmp_path_factory):
     return folder
 
 
-BENCH = "tests/bench/{}.py".format
+TOOLS = "compare", "scale", "bench", "syscalls"
 FOUR = *SCRIPTS.values(), "--timeout 30"
 FIRST, *OTHERS = [script[:-3] for script in SCRIPTS.values()]
 RUNS = {  # what make -n has to say of each
     "demo": [*FOUR, "client.py --connections 8 --requests 4 --think 0.05"],
-    "trace": [BENCH("trace"), "--scene thinking", *FOUR[4:]],
+    "trace": ["tests/bench/trace.py", "--scene thinking", *FOUR[4:]],
     "diff": [f"diff build/{FIRST}.txt build/{name}.txt" for name in OTHERS],
     "pictures": [f"build/{name}.svg" for name in ("demo", "trace", "scale")],
-    "test": ["test test = test ||", "--slow", "tests/test_faults.py"],
+    "test": ["test test = test ||", "env SLOW=1", "tests/test_faults.py"],
     "test-all": ["test test-all = test ||", f"{sys.executable} -m venv"],
-    **{name: [BENCH(name)] for name in "compare scale bench syscalls".split()},
+    **{name: [f"tests/bench/{name}.py"] for name in TOOLS},
     **{f"demo-{name}": [f"--server {SCRIPTS[name]}"] for name in SCRIPTS},
     "clean": ["rm -rf build"],
 }

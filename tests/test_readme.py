@@ -1,18 +1,15 @@
 """The README and the lecture show the code that is there, and true names."""
 
 import re
-import socket
 import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[1]
+from conftest import HERE, SCRIPTS
+
+PROJECT = HERE.parent
 PAGES = PROJECT / "README.md", PROJECT / ".github" / "LECTURE.md"
 README, LECTURE = (page.read_text(encoding="utf-8") for page in PAGES)
-ONE, TWO = "1_single_blocking.py", "2_multi_blocking.py"
-SCRIPTS = [ONE, TWO, "3_busy_wait.py", "4_kqueue_loop.py"]
-SOURCES = [(PROJECT / script).read_text() for script in SCRIPTS]
+SOURCES = [(PROJECT / script).read_text() for script in SCRIPTS.values()]
 
 
 def blocks(language):
@@ -46,7 +43,8 @@ def test_code_is_the_code():
 
 def test_diff_is_the_diff():
     """The diff is the real one, hunk headers included, but for the top."""
-    command = ["diff", ONE, TWO]  # which ends with 1: there is a difference
+    # It ends with 1: there is a difference.
+    command = ["diff", SCRIPTS["single"], SCRIPTS["multi"]]
     done = subprocess.run(command, stdout=subprocess.PIPE, cwd=PROJECT)
     hunks = re.split(r"(?m)^(?=\d)", done.stdout.decode())[1:]
     top = SOURCES[0].splitlines().index("import argparse")
@@ -97,24 +95,16 @@ def test_links_to_files():
 def test_what_stands_at_the_top():
     """The four servers, the client, Makefile, README, tests; nothing else."""
     there = {path.name for path in PROJECT.iterdir() if path.name[0] != "."}
-    wanted = {*SCRIPTS, "client.py", "Makefile", "README.md", "tests"}
+    wanted = {*SCRIPTS.values(), "client.py", "Makefile", "README.md", "tests"}
     assert wanted <= there <= wanted | {"build", "__pycache__"}
+    assert "build/\n" in (PROJECT / ".gitignore").read_text()
 
 
-def test_answers_typed_by_hand():
-    """What one types into nc is answered as shown, by a server."""
+def test_answers_typed_by_hand(server):
+    """What one types into nc is answered as shown."""
     (session,) = [block for block in blocks("") if "$ nc" in block]
     lines = session.splitlines()[1:]
     asked = [line for line in lines if re.match("[A-Z]{3}", line)]
-    text = "".join(f"{line}\n" for line in asked)
-    line, pipe = [sys.executable, SCRIPTS[3], "--port", "0"], subprocess.PIPE
-    with subprocess.Popen(line, stdout=pipe, cwd=PROJECT) as server:
-        try:
-            port = int(server.stdout.readline().rpartition(b":")[2])
-            with socket.create_connection(("127.0.0.1", port)) as sock:
-                sock.sendall(text.encode())
-                sock.shutdown(socket.SHUT_WR)
-                answers = sock.makefile("rb").read().decode().splitlines()
-        finally:
-            server.terminate()
-    assert answers == [line for line in lines if line not in asked]
+    answers = server.ask("".join(f"{line}\n" for line in asked).encode())
+    rest = [line for line in lines if line not in asked]
+    assert answers.decode().splitlines() == rest

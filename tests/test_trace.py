@@ -26,8 +26,7 @@ class Traced:
         files = folder / f"{scene}.json", folder / f"{scene}.svg"
         options = ["--scene", scene, "--connections", CLIENTS]
         options += ["--json", files[0], "--svg", files[1]]
-        for name in names:
-            options += ["--server", PATHS[name]]
+        options += [f"--server={PATHS[name]}" for name in names]
         status, self.out, err = run(*TRACER, *options, encoding=encoding)
         assert (status, err) == (0, "")
         self.svg = files[1].read_text("utf-8")
@@ -126,10 +125,8 @@ def test_a_handler_that_blocks(tmp_path):
     The drawing is in ASCII, if stdout takes no more.
     """
     traced = Traced(tmp_path, "blocking", "multi", "kqueue", encoding="ascii")
-    for name, lane, waiting in [
-        ("multi", "serves client 1", 1),
-        ("kqueue", "event loop", CLIENTS),
-    ]:
+    sleepers = ("multi", "serves client 1"), ("kqueue", "event loop")
+    for (name, lane), waiting in zip(sleepers, (1, CLIENTS)):
         lanes = traced.lanes(name)
         spans = [span for spans in lanes.values() for span in spans]
         (asleep,) = [span for span in spans if span["name"] == "sleep"]
