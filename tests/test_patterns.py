@@ -83,8 +83,6 @@ def test_figures(server):
     connected = 5 if server.name in MANY else 1
     assert int(info["connected_clients"]) == connected
     assert info["role"] == "master" and float(info["used_cpu_user"]) > 0
-    kinds = "voluntary_context_switches", "involuntary_context_switches"
-    assert sum(int(info[kind]) for kind in kinds) > 0
     own = {"busy": "polls polls_empty_handed", "kqueue": "wakeups events"}
     for field in own.get(server.name, "").split():
         assert int(info[field]) >= 5
@@ -133,6 +131,7 @@ def test_what_waiting_costs(start):
         used[server.name] = more["used_cpu_user"] + more["used_cpu_sys"]
         if server.name == "busy":
             assert min(more["used_cpu_user"], more["used_cpu_sys"]) > 0.01
+        assert more["voluntary_context_switches"] or server.name == "busy"
     busy = used.pop("busy")
     assert max(used.values()) < 0.1, used
     # Others may want the core as well, so "most of it" is not asked for.
