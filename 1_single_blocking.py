@@ -101,7 +101,7 @@ class IncomingTCPConnection:
             try:
                 replies = replies[self.connection.send(replies) :]
                 end = time.monotonic() + self.idle_timeout
-            except BlockingIOError:  # 1/8 is over: try, Linux sees room late
+            except BlockingIOError:  # each 1/8 try again: Linux sees room late
                 if time.monotonic() >= end:
                     raise
             except ConnectionError:  # it has gone; what it asked is still done
@@ -110,7 +110,7 @@ class IncomingTCPConnection:
 
     def linger(self):
         """Read to the end: to close on unread bytes could lose the reply."""
-        self.limit_waiting(socket.SO_RCVTIMEO, LINGER)  # first: for macOS
+        self.limit_waiting(socket.SO_RCVTIMEO, LINGER)  # macOS may fail later
         self.connection.shutdown(socket.SHUT_WR)
         end = time.monotonic() + LINGER
         while time.monotonic() < end and self.connection.recv(CHUNK):

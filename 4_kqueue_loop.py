@@ -62,7 +62,8 @@ class TCPServer:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         thread.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        thread.join()
+        while thread.is_alive():
+            thread.join(0.5)  # a signal just before it sleeps: seen after it
         sys.exit(1)  # the loop has failed; its traceback is printed
 
     def tally(self):
@@ -127,8 +128,7 @@ class EventLoop:
                 self.watch(self.listener, READ, KQ_EV_DELETE)
                 self.next_look = time.monotonic() + 1  # and try again then
             return
-        conversation = self.new_conversation()
-        client = Client(connection, conversation, self.idle_timeout)
+        client = Client(connection, self.new_conversation(), self.idle_timeout)
         self.clients[connection.fileno()] = client
 
     def serve(self, client, now):

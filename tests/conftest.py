@@ -41,7 +41,7 @@ FREE = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # free-threaded
 
 needs_proc = pytest.mark.skipif(not PROC, reason="looks into Linux's /proc")
 many = pytest.mark.parametrize("name", MANY)
-slow = pytest.mark.skipif("SLOW" not in os.environ, reason="needs SLOW=1")
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="runs in test-all")
 
 
 def slowly(value):

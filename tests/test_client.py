@@ -101,8 +101,7 @@ def test_side_by_side(tmp_path):
 
 def test_all_at_once(monkeypatch):
     """All are connected at the same time; then others are, on that server."""
-    # So it takes some of them: the first could be gone before the last comes.
-    monkeypatch.setattr(client, "BATCH", 30)
+    monkeypatch.setattr(client, "BATCH", 30)  # the first may leave early
     with client.Server(str(KQUEUE), LIMIT) as server:
         crowd = visit(server.port, connections=150, requests=4, think=0.2)
         assert visit(server.port, requests=7).mistakes == []

@@ -516,6 +516,16 @@ def test_early_signals(name, times):
         together(lambda number: stop_early(name, number), ONE, OTHER)
 
 
+LATE = "import signal as s, threading as t; t.Timer(1, lambda: "
+LATE += "s.pthread_kill(t.get_ident(), s.SIGTERM)).start()"
+
+
+def test_signal_just_before_a_sleep(start):
+    """Main sleeps on, since another thread has taken it; and looks again."""
+    servers = [start(name, prelude=LATE) for name in MANY]
+    assert [s.process.wait(PATIENCE) for s in servers] == [0, 0, 0]
+
+
 @slow
 def test_300_stops_under_load(name, start):
     """No signal is lost, none is late, none leaves a traceback."""
@@ -591,7 +601,7 @@ def test_stuck_reader_of_stderr():
         tasks = f"/proc/{process.pid}/task"
 
         def stuck():
-            with contextlib.suppress(FileNotFoundError):  # a thread has ended
+            with contextlib.suppress(OSError):  # a thread has ended
                 files = [f"{tasks}/{task}/wchan" for task in os.listdir(tasks)]
                 return any("pipe_write" in open(file).read() for file in files)
 

@@ -44,16 +44,12 @@ install({str(log)!r})
     for sock in server.sockets:
         sock.close()
     with server.connect() as sock:
-        wait_for(lambda: figure(server, sock) == 1, "all others are gone")
-        before = figure(server, sock, "wakeups")
+        wait_for(lambda: server.info(sock)["connected_clients"] == "1", "gone")
+        before = int(server.info(sock)["wakeups"])
         for _ in range(20):
             ping(sock)
-        assert figure(server, sock, "wakeups") - before <= 25
+        assert int(server.info(sock)["wakeups"]) - before <= 25
     server.stop().check()
-
-
-def figure(server, sock, name="connected_clients"):
-    return int(server.info(sock)[name])
 
 
 def logged(server, kind):

@@ -43,7 +43,6 @@ def test_code_is_the_code():
 
 def test_diff_is_the_diff():
     """The diff is the real one, hunk headers included, but for the top."""
-    # It ends with 1: there is a difference.
     command = ["diff", SCRIPTS["single"], SCRIPTS["multi"]]
     done = subprocess.run(command, stdout=subprocess.PIPE, cwd=PROJECT)
     hunks = re.split(r"(?m)^(?=\d)", done.stdout.decode())[1:]
