@@ -1,32 +1,29 @@
-"""kqueue(2) where there is none: for sockets, played on poll().
+"""kqueue(2) where there is none: for sockets, played on Linux's epoll.
 
 Put into `select` before 4_kqueue_loop.py runs, so that on Linux too the loop
 goes through the lines that are meant for macOS and the BSDs. It plays
-EVFILT_READ and EVFILT_WRITE with EV_ADD and EV_DELETE, and refuses the rest.
+EVFILT_READ and EVFILT_WRITE with EV_ADD and EV_DELETE, and answers as a real
+BSD kernel did (NetBSD's, in user space); test_kqueue.py has these answers.
 """
 
 import collections
 import contextlib
 import errno
 import fcntl
-import math
 import os
 import select
-import socket  # noqa: F401  looks for kqueue, so before install()
+import socket
 import struct
 import termios
 import time
 
 READ, WRITE = -1, -2
-ADD, DELETE, EOF = 0x1, 0x2, 0x8000
-GONE = select.POLLERR | select.POLLHUP  # poll() reports these unasked
-NO_MORE = getattr(select, "POLLRDHUP", 0x2000)  # the other side's last byte
-ASK = {READ: select.POLLIN | NO_MORE, WRITE: select.POLLOUT}
-
+ADD, DELETE, ERROR, EOF = 0x1, 0x2, 0x4000, 0x8000
+epoll = getattr(select, "epoll", None)
 
 # What select.kevent is.
-fields = "ident filter flags data"
-kevent = collections.namedtuple("kevent", fields, defaults=(READ, ADD, 0))
+fields = "ident filter flags fflags data"
+kevent = collections.namedtuple("kevent", fields, defaults=(READ, ADD, 0, 0))
 
 
 class kqueue:
@@ -40,14 +37,21 @@ class kqueue:
     log = None  # a file that gets a line for each change and event
 
     def __init__(self):
-        self.registered = {}  # (ident, filter): file
+        self.files = {}  # (ident, filter): file
+        self.active = []  # keys of those that are ready, in that order
+        self.epolls = {READ: epoll(), WRITE: epoll()}  # they keep the order
 
     def control(self, changes, max_events, timeout=None):
-        assert not (changes and max_events), "this fake does not play that"
+        events = []
         for change in changes or ():
-            self.apply(change)
             self.note("change", change)
-        events = self.wait(max_events, timeout) if max_events else []
+            number = self.apply(change)
+            if number and not max_events:
+                raise OSError(number, os.strerror(number))
+            if number:
+                events.append(change._replace(flags=ERROR, data=number))
+        if max_events and not events:
+            events = self.wait(max_events, timeout)
         for event in events:
             self.note("event", event)
         return events
@@ -57,56 +61,73 @@ class kqueue:
             print(kind, *what, file=self.log, flush=True)
 
     def apply(self, change):
+        """Make a change; return 0, or the number of the error."""
         key, file = (change.ident, change.filter), file_of(change.ident)
         if file is None:
-            raise OSError(errno.EBADF, "no such descriptor")
-        if change.filter not in ASK or change.flags not in (ADD, DELETE):
-            raise OSError(errno.EINVAL, "this fake does not play that")
-        if change.flags == ADD:  # again is no error
-            self.registered[key] = file
-        elif self.registered.pop(key, None) != file:
-            raise OSError(errno.ENOENT, "delete what is not there")
+            return errno.EBADF
+        if change.filter not in (READ, WRITE):
+            return errno.EINVAL
+        there = self.files.get(key) == file
+        if change.flags == ADD and not there:  # again is no error
+            mask = {READ: select.EPOLLIN | select.EPOLLRDHUP}
+            mask = mask.get(change.filter, select.EPOLLOUT)
+            self.epolls[change.filter].register(change.ident, mask)
+            self.files[key] = file
+        elif change.flags == DELETE:
+            if not there:
+                return errno.ENOENT
+            self.epolls[change.filter].unregister(change.ident)
+            del self.files[key]
+        return 0
 
     def wait(self, max_events, timeout):
-        end = math.inf if timeout is None else time.monotonic() + timeout
+        """Return the first that are ready, and put them behind the others."""
+        end = None if timeout is None else time.monotonic() + timeout
         while True:
-            masks = {}
-            for (ident, filter), file in list(self.registered.items()):
-                if file_of(ident) == file:
-                    masks[ident] = masks.get(ident, 0) | ASK[filter]
-                else:
-                    del self.registered[ident, filter]
-            poll = select.poll()
-            for ident, mask in masks.items():
-                poll.register(ident, mask)
-            left = max(0, min(end - time.monotonic(), 3600))
-            ready = dict(poll.poll(math.ceil(left * 1000)))
-            events = [
-                event_of(ident, filter, ready.get(ident, 0))
-                for ident, filter in sorted(self.registered)
-                if ready.get(ident, 0) & (ASK[filter] | GONE)
-            ]
-            if events or not left:
-                return events[:max_events]
+            ready = {}
+            for filter, queue in self.epolls.items():
+                for ident, mask in queue.poll(0, 10_000):
+                    if self.files.get((ident, filter)) == file_of(ident):
+                        ready[ident, filter] = mask
+            self.active = [key for key in self.active if key in ready]
+            self.active += [key for key in ready if key not in self.active]
+            left = None if end is None else max(0, end - time.monotonic())
+            if self.active or left == 0:
+                first = self.active[:max_events]
+                self.active = self.active[max_events:] + first
+                return [event_of(*key, ready[key]) for key in first]
+            select.select(list(self.epolls.values()), [], [], left)
 
 
-def event_of(ident, filter, ready):
-    """Return the event for a descriptor that poll() says is `ready`."""
-    ends = GONE | NO_MORE if filter == READ else GONE
-    data = 1
-    with contextlib.suppress(OSError):  # it listens: data is how many wait
-        number = fcntl.ioctl(ident, termios.FIONREAD, bytes(4))
-        data = struct.unpack("i", number)[0] if filter == READ else 1
-    return kevent(ident, filter, ADD | (EOF if ready & ends else 0), data)
+def event_of(ident, filter, mask):
+    """Return the event of a filter, from what epoll says of its descriptor."""
+    ends = select.EPOLLHUP | select.EPOLLERR
+    ends |= select.EPOLLRDHUP if filter == READ else 0
+    flags = ADD | (EOF if mask & ends else 0)
+    fflags = errno.ECONNRESET if mask & select.EPOLLERR else 0
+    sock = socket.socket(fileno=ident)
+    if filter == WRITE:
+        room = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        data = max(0, room - ask(sock, termios.TIOCOUTQ))
+    else:
+        try:
+            data = ask(sock, termios.FIONREAD)
+        except OSError:  # it listens: how many wait for accept
+            told = sock.getsockopt(socket.SOL_TCP, socket.TCP_INFO, 104)
+            (data,) = struct.unpack_from("I", told, 24)
+    sock.detach()  # it is not ours
+    return kevent(ident, filter, flags, fflags, data)
+
+
+def ask(sock, what):
+    return struct.unpack("i", fcntl.ioctl(sock, what, bytes(4)))[0]
 
 
 def file_of(descriptor):
     """Return what tells one open file from any other, or None if closed."""
-    try:
+    with contextlib.suppress(OSError):
         status = os.fstat(descriptor)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        return status.st_dev, status.st_ino
 
 
 # ---- What a server's process is to call before anything else ----------------

@@ -1,7 +1,6 @@
 """What holds under faults: of the network, the system, and the clients."""
 
 import contextlib
-import itertools
 import os
 import resource
 import select
@@ -16,7 +15,7 @@ import pytest
 from conftest import (
     FREE, MANY, PATIENCE, PROC, SCRIPTS, Server, array, arrived, bulk, command,
     frozen, is_over, is_readable, needs_proc, ping, read_exactly, read_to_end,
-    reset, run, send_what_fits, slow, slowly, talk, together, wait_for,
+    reset, run, send_what_fits, slow, talk, together, wait_for,
 )  # fmt: skip
 
 MIB = 1024 * 1024
@@ -37,10 +36,10 @@ def nothing_left_behind(server):
     before = server.held_at_rest()
     bystander = server.connect() if server.name in MANY else None
     if bystander:
-        talk(bystander, b"*2\r\n$4\r\nEC", b"")  # its request is half there
+        talk(bystander, b"*2\r\n$4\r\nPI", b"")  # its request is half there
     yield
     if bystander:
-        talk(bystander, b"HO\r\n$1\r\na\r\n", bulk(b"a"))
+        talk(bystander, b"NG\r\n$1\r\na\r\n", bulk(b"a"))
         bystander.close()
     server.ping()
     wait_for(lambda: server.held() == before, f"{before} held again")
@@ -52,8 +51,8 @@ def nothing_left_behind(server):
 HALVES = [
     b"",
     b"PIN",
-    b"*2\r\n$4\r\nECHO\r\n$100\r\nabc",
-    b"PING\r\n*2\r\n$4\r\nECHO\r\n",
+    b"*2\r\n$4\r\nPING\r\n$100\r\nabc",
+    b"PING\r\n*2\r\n$4\r\nPING\r\n",
     b"\0\xff*\r\n$\r\n\r\n*-\r\n",
     b"*x\r\n",
 ]
@@ -69,7 +68,8 @@ def test_connections_that_break(server):
                 if how.startswith("half"):
                     sock.shutdown(socket.SHUT_WR)
                 if how == "half":
-                    read_to_end(sock)
+                    with contextlib.suppress(ConnectionError):
+                        read_to_end(sock)
                 if how.endswith("reset"):
                     reset(sock)
                 sock.close()
@@ -83,61 +83,68 @@ def test_connections_that_break(server):
             reset(server.connect())
 
 
+def test_half_closed(server):
+    """Who has shut down its sending side still gets every reply."""
+    requests = SET_BIG + array(b"GET", b"big") * 20
+    sock = server.connect(receive_buffer=4096)
+    sock.sendall(requests)
+    sock.shutdown(socket.SHUT_WR)
+    assert read_to_end(sock) == b"+OK\r\n" + bulk(BIG) * 20
+
+
+def test_what_a_read_brought_is_carried_out(server):
+    """Also if the client has closed by then, the end of file included."""
+    requests = b"INCR a\r\n" * 2000 + array(b"SET", b"b", b"1") + b"INCR a\r\n"
+    for done in 2001, 4002:
+        sock = server.connect()
+        with frozen(server):
+            sock.sendall(requests)  # 16 KB: one read takes it all
+            arrived(sock)
+            sock.close()
+        right = bulk(b"%d" % done)
+        wait_for(lambda: server.ask(b"GET a\r\n") == right, f"{done} INCRs", 5)
+
+
+def test_nobody_works_for_a_ghost(server):
+    """Who asks for a lot and resets is given up at the first send."""
+    server.ask(SET_BIG)
+    before = server.held_at_rest()
+    ghost = server.connect()
+    send_what_fits(ghost, b"GET big\r\n" * 500_000)
+    reset(ghost)
+    server.ping()
+    wait_for(lambda: server.held() == before, "it has left", patience=4)
+
+
+def test_nothing_after_the_end(server):
+    """What follows QUIT or an error is dropped, and the connection closed."""
+    for end, reply in (b"QUIT", b"+OK\r\n"), (b"*x", b"-ERR Protocol error"):
+        with server.connect() as sock:
+            sock.sendall(b"PING\r\n%b\r\nSET a 1\r\n*x\r\n" % end)
+            assert read_to_end(sock).startswith(b"+PONG\r\n" + reply)
+        assert server.ask(b"GET a\r\n") == b"$-1\r\n"
+
+
 ACCEPT = """
-import errno, socket, types
-real, end = socket.socket.accept, lambda size: b""
-errors = ["ENFILE", "ECONNABORTED", "EPROTO", "ENETDOWN"]
+import errno, socket
+real = socket.socket.accept
+errors = ["ENFILE", "ECONNABORTED", "ECONNABORTED", "EPROTO"]
 def accept(self):
     if errors:
         raise OSError(getattr(errno, errors.pop()), "accept fails")
-    try:
-        return real(self)[0], None
-    except BlockingIOError:  # in 3: and there is always somebody new
-        new = types.SimpleNamespace(setblocking=bool, recv=end, close=bool)
-        return new, None
+    return real(self)
 socket.socket.accept = accept
 """
 
 
-def test_accept(name, start):
-    """The client's own errors, a shortage, no address (macOS); a crowd."""
+def test_accept_fails(name, start):
+    """A client that reset before it was accepted is no word worth; others."""
     server = start(name, prelude=ACCEPT)
     server.ping()
-    server.stop().check()
-    assert server.stderr().count("\n") == 1  # the shortage is told
-
-
-@needs_proc
-def test_all_that_was_sent_is_carried_out(server):
-    """Also if the client closes, or resets, before it is answered."""
-    server.ask(SET_BIG)
-    requests = b"GET big\r\n" * 20 + b"INCR a\r\n" * 2000
-    requests += array(b"SET", b"b", b"v" * 100_000) + b"INCR a\r\n"
-    done = 0
-    for end in socket.socket.close, reset:
-        sock = server.connect()
-        with frozen(server):
-            sock.sendall(requests)
-            arrived(sock)
-            end(sock)
-        done += 2001
-
-        def all_done(right=bulk(b"%d" % done)):
-            return server.ask(b"GET a\r\n") == right
-
-        wait_for(all_done, f"{done} INCRs are carried out", 5)
-
-
-def test_nobody_works_for_a_ghost(server):
-    """Who asks for a lot and resets starves neither the others nor the end."""
-    server.ask(SET_BIG)
-    before = server.held_at_rest()
-    ghost = server.connect()
-    assert send_what_fits(ghost, b"GET big\r\n" * 500_000) > MIB
-    reset(ghost)
-    server.ping()
-    wait_for(lambda: server.held() == before, "it has left", patience=4)
-    server.stop().check()
+    server.stop()
+    lines = server.stderr().splitlines()
+    assert len(lines) == (0 if name == "busy" else 2)
+    assert all(line.startswith("cannot accept: ") for line in lines)
 
 
 # ---- Clients that ask for too much ------------------------------------------
@@ -181,162 +188,42 @@ def test_readers_of_big_values(server):
 
 
 @needs_proc
-@pytest.mark.skipif(PYPY or FREE, reason="it has memory of its own ways")
-def test_no_memory_left(start):
-    """A connection that asks for more than there is ends; the server stays."""
-
-    def check(name):
-        shell = 'ulimit -s 512; ulimit -v 200000; exec "$0" "$@"'
-        server = start(name, shell=shell, env={"MALLOC_ARENA_MAX": "1"})
-        socks = [server.connect() for _ in range(200)]
-        for sock in socks:
-            ping(sock)  # so in 2 it is not the thread that lacks memory
-        for sock in socks[1:]:
-            if not any(map(is_over, socks)):
-                ping(socks[0])
-                send_what_fits(sock, b"*1\r\n$1000000\r\n" + BIG, 0.02)
-        wait_for(lambda: any(map(is_over, socks)), "somebody is refused", 5)
-        ping(socks[0])
-        for sock in socks:
-            sock.close()
-        server.ping()
-        server.stop().check()
-
-    together(check, *MANY)
-
-
-# ---- Clients that are silent, or talk for ever ------------------------------
-
-
-def seconds_until_let_go(server, how):
-    """Connect, then do nothing, or send half a request, or never read."""
-    sock = server.connect(receive_buffer=4096)
-    started = time.monotonic()
-    if how == "half":
-        sock.sendall(b"*2\r\n$4\r\nECHO\r\n$1000\r\nhalf a wo")
-    elif how == "unread":
-        sock.sendall(SET_BIG + b"GET big\r\n" * 50)
-    if server.name == "single":
-        server.ping()
-    else:
-        with server.connect() as other:
-
-            def alone():
-                return server.info(other)["connected_clients"] == "1"
-
-            if server.name != "multi":
-                wait_for(lambda: not alone(), "it is connected")
-            wait_for(alone, "it has been let go")
-    assert how == "unread" or is_over(sock)
-    return time.monotonic() - started
-
-
-def test_silent_clients_are_let_go(start):
-    """Without a byte for --idle-timeout, a client is let go: all kinds."""
-
-    def check(case):
-        name, how = case
-        server = start(name, "--idle-timeout", 1.5)
-        seconds = seconds_until_let_go(server, how)
-        # One timeout, and in 4 a second until it is seen; not two or three.
-        assert 1.4 < seconds < 2.95
-        server.stop().check()
-        assert server.stderr() == ""
-
-    kinds = "silent", "half", "unread"
-    together(check, *[(name, how) for name in SCRIPTS for how in kinds])
-
-
-def slow_reader(server):
-    """He takes in what he is owed, bit by bit."""
-    replies = b"+OK\r\n" + bulk(BIG) * 40
-    reader = server.connect(receive_buffer=64 * 1024, segment=1400)
-    reader.sendall(SET_BIG + b"GET big\r\n" * 40)
-    end, got = time.monotonic() + 4.5, 0
-    while time.monotonic() < end:
-        got += len(reader.recv(30_000))
-        time.sleep(0.1)
-    assert got < len(replies) / 2
-    rest = len(replies) - got
-    assert len(read_exactly(reader, rest)) == rest
-
-
-def slow_sender(server):
-    """He sends a byte now and then, and later waits for a handler."""
-    with server.connect() as sock:
-        for byte in b"PING a\r\n":
-            sock.sendall(bytes([byte]))
-            time.sleep(0.3)
-        assert read_exactly(sock, 7) == bulk(b"a")
-        talk(sock, b"DEBUG SLEEP 2.1\r\n", b"+OK\r\n")
-        time.sleep(0.1)
+@pytest.mark.skipif(PYPY, reason="it has memory of its own ways")
+@pytest.mark.parametrize("name", ["kqueue"])
+def test_memory_of_the_idle(server):
+    """An idle connection of 4 takes less than 2 KiB (promised is 1)."""
+    socks = [server.connect() for _ in range(100)]
+    for sock in socks:
         ping(sock)
-
-
-def test_active_clients_stay(start):
-    """Who sends or takes a byte before the time is up is not let go."""
-
-    def check(case):
-        name, client = case
-        server = start(name, "--idle-timeout", 2)
-        client(server)
-        server.stop().check()
-
-    clients = slow_reader, slow_sender
-    together(check, *[(name, c) for name in SCRIPTS for c in clients])
-
-
-def test_last_reply_arrives(server):
-    """Who sends 2 MiB beyond an error gets every reply, and the end."""
-    for beyond in b"v" * (2 * MIB), b"PING\r\n" * 300_000:
-        with server.connect() as sock:
-            sock.sendall(b"PING\r\n*x\r\n" + beyond)
-            replies = read_to_end(sock)
-        assert replies.startswith(b"+PONG\r\n-ERR Protocol error: ")
-        assert replies.count(b"\r\n") == 2
-    sock = server.connect()
-    talk(sock, b"QUIT\r\n", b"+OK\r\n")
-    assert is_readable(sock, 0.9)  # the end, and not only when it has waited
-
-
-def flood_after_an_error(sock):
-    """Return whether it was let go in spite of its sending on."""
-    talk(sock, b"*x\r\n", b"-ERR Protocol error")
-    end = time.monotonic() + 3.5  # promised are one or, in 4, two seconds
-    with contextlib.suppress(ConnectionError):
-        while time.monotonic() < end:
-            sock.sendall(b"PING\r\n" * 100_000)
-        return False
-    return True
-
-
-def test_who_floods_after_an_error_is_let_go(server):
-    """It must not stay by sending on, also while others keep 3 busy."""
-    count = 5 if server.name in MANY else 1
-    socks = [server.connect() for _ in range(count)]
-    if server.name in MANY:
-        busy(server)
-    assert all(together(flood_after_an_error, *socks))
+    before = server.memory("VmRSS")
+    socks = [server.connect() for _ in range(500)]
+    for sock in socks:
+        ping(sock)
+    assert server.memory("VmRSS") - before < 500 * 2048
 
 
 # ---- Nothing left: descriptors, threads -------------------------------------
 
 
-def a_while(server):
-    """A line once a second at most, no spinning (3 does so by trade)."""
+def cpu(server):
+    fields = server.proc("stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
-    def cpu():
-        fields = server.proc("stat").read_text().rpartition(")")[2].split()
-        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
-    before, early = cpu(), server.stderr().splitlines()
+def a_while(server, talkers):
+    """Some ten lines a second at most, also while the connected talk."""
+    before, early = cpu(server), len(server.stderr().splitlines())
     started = time.monotonic()
-    time.sleep(2.2)
+    while time.monotonic() < started + 1:
+        for sock in talkers:
+            ping(sock)
+        time.sleep(0.005)
     seconds = time.monotonic() - started
-    assert server.name == "busy" or (cpu() - before) / seconds < 0.2
+    used = (cpu(server) - before) / seconds
+    assert server.name == "busy" or used < 0.4  # it does not spin
     lines = server.stderr().splitlines()
-    assert early and len(lines) - len(early) <= seconds + 1, (early, lines)
-    assert len(set(lines)) == 1
+    assert server.name == "busy" or early
+    assert len(lines) - early <= 12 * seconds + 1 and len(set(lines)) <= 1
 
 
 def serve_the_rest(socks):
@@ -351,13 +238,15 @@ def serve_the_rest(socks):
 
 
 @needs_prlimit
-def test_no_descriptor_left(start):
+@pytest.mark.parametrize("connected", [0, 5])
+def test_no_descriptor_left(start, connected):
     """A line about it; the others are served; it goes on by itself."""
 
     def check(name):
+        count = connected if name in MANY else min(connected, 1)
         server = start(name)
         before = server.held_at_rest()
-        socks = [server.connect() for _ in range(5 if name in MANY else 1)]
+        socks = [server.connect() for _ in range(count)]
         for sock in socks:
             ping(sock)
         what = server.pid, resource.RLIMIT_NOFILE
@@ -365,57 +254,61 @@ def test_no_descriptor_left(start):
         # 1 is about to accept when its only client has left.
         room = before[1] + (len(socks) if name in MANY else 0)
         resource.prlimit(*what, (room, limits[1]))
+        # Linux sets a descriptor aside before accept waits: one may be in.
         late = [server.connect() for _ in range(4)]
         for sock in late:
             sock.sendall(b"PING\r\n")
         if name == "single":
-            socks.pop().close()
-        wait_for(server.stderr, "a line about it")
-        assert "Too many open files" in server.stderr()
-        a_while(server)
-        for sock in socks:
-            ping(sock)
-        # Linux sets a descriptor aside before accept waits: one may be in.
+            for sock in socks:
+                socks.remove(sock)
+                sock.close()
+        if name == "single" and is_readable(late[0], 0.2):
+            late.pop(0).close()
+        if name != "busy":
+            wait_for(server.stderr, "a line about it")
+            assert "Too many open files" in server.stderr()
+        a_while(server, socks)
         assert sum(map(is_readable, late)) <= 1
-        if name in MANY:  # there is room when somebody leaves
-            served = sum(map(is_readable, late))
-            socks.pop().close()
-            wait_for(lambda: sum(map(is_readable, late)) > served, "is served")
         resource.prlimit(*what, limits)
         serve_the_rest(late)
         for sock in socks:
             ping(sock)
             sock.close()
         wait_for(lambda: server.held() == before, "nothing is left behind")
-        server.stop().check()
+        server.stop()
 
     together(check, *SCRIPTS)
 
 
 @needs_prlimit
 def test_no_thread_left(start):
-    """No room for a thread in 2: a line, others are served, it recovers."""
+    """No thread for a client of 2: it is closed at once, a line says so."""
     shell = 'ulimit -s 65536; exec "$0" "$@"'
     server = start("multi", shell=shell, env={"MALLOC_ARENA_MAX": "1"})
     before = server.held_at_rest()
     room = server.memory("VmSize") + (3 * 64 + 40) * MIB
-    resource.prlimit(server.pid, resource.RLIMIT_AS, (room, room))
+    what = server.pid, resource.RLIMIT_AS
+    limits = resource.prlimit(*what)
+    resource.prlimit(*what, (room, limits[1]))
     socks = [server.connect() for _ in range(10)]
     for sock in socks:
-        sock.sendall(b"PING\r\n")
-    wait_for(server.stderr, "a line about it")
-    served = [sock for sock in socks if is_readable(sock, 0.05)]
+        with contextlib.suppress(ConnectionError):  # it may be closed by now
+            sock.sendall(b"PING\r\n")
+    wait_for(lambda: sum(map(is_over, socks)) >= 6, "those are let go")
+    served = [sock for sock in socks if not is_over(sock)]
     assert 1 <= len(served) <= 4
     for sock in served:
         assert read_exactly(sock, 7) == b"+PONG\r\n"
-    a_while(server)
-    for sock in served:
-        ping(sock)
-        socks.remove(sock)
+    lines = server.stderr().splitlines()
+    assert len(lines) == len(socks) - len(served)
+    assert all(line.startswith("cannot serve: ") for line in lines)
+    info = server.info(served[0])
+    assert int(info["threads_started"]) == 1 + len(served)
+    resource.prlimit(*what, limits)
+    for sock in socks:
         sock.close()
-    serve_the_rest(socks)
+    server.ping()
     wait_for(lambda: server.held() == before, "nothing is left behind")
-    server.stop().check()
 
 
 # ---- The end ----------------------------------------------------------------
@@ -432,13 +325,13 @@ def busy(server):
     """Some ask without a pause, one never reads, one has sent a half."""
     greedy = server.connect(receive_buffer=4096)
     greedy.sendall(SET_BIG + b"GET big\r\n" * 1000)
-    server.connect().sendall(b"*2\r\n$4\r\nECHO\r\n$")
+    server.connect().sendall(b"*2\r\n$4\r\nPING\r\n$")
 
     def ask(sock):
         with contextlib.suppress(OSError):
             while True:
-                sock.sendall(b"PING\r\n" * 5000)
-                if len(read_exactly(sock, 35_000)) < 35_000:
+                sock.sendall(b"PING\r\n" * 1000)
+                if len(read_exactly(sock, 7000)) < 7000:
                     break
 
     for _ in range(3):
@@ -457,162 +350,34 @@ def sleeping(server):
     arrived(sock)
 
 
-ONE, OTHER = signal.SIGINT, signal.SIGTERM
-
-
 @pytest.mark.parametrize("situation", [Server.ping, silent, busy, sleeping])
-@pytest.mark.parametrize("signals", [[ONE], [OTHER, ONE] * 5])
-def test_signals(start, signals, situation):
-    """They end it in a second, with status 0 and the tally, once."""
+def test_the_end(start, situation):
+    """SIGTERM: at once, by the kernel. Ctrl-C: status 0 and the tally."""
 
     def check(name):
         server = start(name)
         situation(server)
-        server.stop(*signals).check()
-        assert server.stderr() == "" and server.stdout().count("pattern:") == 1
+        os.kill(server.pid, signal.SIGTERM)
+        assert server.process.wait(PATIENCE) == -signal.SIGTERM
         for sock in server.sockets:  # nobody is left waiting
             assert sock.fileno() < 0 or is_readable(sock, PATIENCE)
+        # The port can be taken at once.
         second = start(name, "--port", server.port)  # the last one counts
-        assert second.port == server.port  # it can be taken at once
-        assert min(server.seconds, second.stop().seconds) < 1
+        assert second.port == server.port
+        situation(second)
+        assert second.stop().stderr() == server.stderr() == ""
 
     together(check, *SCRIPTS)
-
-
-@pytest.mark.parametrize("number", [ONE, OTHER])
-def test_started_in_the_background(start, number):
-    """Started with & by a script, SIGINT begins ignored, and works yet.
-
-    A second signal that arrives at the same time changes nothing.
-    """
-
-    def check(name):
-        server = start(name, shell='"$0" "$@" & wait $!; echo "status $?"')
-        shell, server.pid = server.pid, int(server.info()["process_id"])
-        assert server.pid != shell
-        ping(server.connect())
-        os.kill(server.pid, signal.SIGSTOP)
-        also = [ONE] if number == OTHER else []
-        server.stop(number, *also, signal.SIGCONT).check()
-        assert "status 0\n" in server.stdout() and server.stderr() == ""
-
-    together(check, *SCRIPTS)
-
-
-def stop_early(name, number):
-    """Send a signal as soon as the server has said that it listens."""
-    line, pipe = command(name, "--port", 0), subprocess.PIPE
-    server = subprocess.Popen(line, stdout=pipe, stderr=pipe)
-    assert b"listening on" in server.stdout.readline()
-    server.send_signal(number)
-    output, errors = server.communicate(timeout=PATIENCE)
-    assert (server.returncode, errors) == (0, b"") and b"clients:0" in output
-
-
-@pytest.mark.parametrize("times", [1, slowly(100)])
-def test_early_signals(name, times):
-    """A signal right after the first line ends it as any other."""
-    for _ in range(times):
-        together(lambda number: stop_early(name, number), ONE, OTHER)
-
-
-LATE = "import signal as s, threading as t; t.Timer(1, lambda: "
-LATE += "s.pthread_kill(t.get_ident(), s.SIGTERM)).start()"
-
-
-def test_signal_just_before_a_sleep(start):
-    """Main sleeps on, since another thread has taken it; and looks again."""
-    servers = [start(name, prelude=LATE) for name in MANY]
-    assert [s.process.wait(PATIENCE) for s in servers] == [0, 0, 0]
 
 
 @slow
 def test_300_stops_under_load(name, start):
-    """No signal is lost, none is late, none leaves a traceback."""
+    """No stop leaves a traceback, or takes more than a second Ctrl-C."""
     for number in range(300):
         server = start(name)
         busy(server)
-        server.stop([ONE, OTHER][number % 2]).check()
-        assert server.stderr() == ""
+        assert server.stop().stderr() == ""
         server.kill()
-
-
-# ---- Output that nobody takes -----------------------------------------------
-
-# Connections get other ports.
-PORTS = itertools.count(20_000 + os.getpid() % 10_000)
-
-
-def run_where(name, shell='exec "$0" "$@"', **where):
-    """Run a server whose output leads nowhere; return it and its port."""
-    port = next(PORTS)
-    line = ["sh", "-c", shell, *command(name, "--port", port)]
-    process = subprocess.Popen(line, **where)
-
-    def served():
-        assert process.poll() is None
-        with contextlib.suppress(ConnectionRefusedError):
-            with socket.create_connection(("127.0.0.1", port), 5) as sock:
-                ping(sock)
-                return True
-
-    wait_for(served, "it serves")
-    return process, port
-
-
-@pytest.mark.parametrize("end", ["", ">&-", ">/dev/full"])
-def test_nobody_takes_what_it_says(end):
-    """Its reader has gone, or it is closed, or full: it serves, and ends."""
-    if "full" in end and not os.path.exists("/dev/full"):
-        pytest.skip("there is no /dev/full")
-    reader, writer = os.pipe()
-    os.close(reader)
-
-    def check(name):
-        shell = f'exec "$0" "$@" {end}'
-        where = {"stdout": writer, "stderr": subprocess.PIPE}
-        process, _ = run_where(name, shell, **where)
-        process.terminate()
-        errors = process.communicate(timeout=PATIENCE)[1]
-        assert (process.returncode, errors) == (0, b"")
-
-    together(check, *SCRIPTS)
-    os.close(writer)
-
-
-@needs_prlimit
-def test_stuck_reader_of_stderr():
-    """Nobody reads stderr, and it has something to say: it ends yet."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writer, bytes(4096))
-    os.set_blocking(writer, True)
-
-    def check(name):
-        out = subprocess.PIPE
-        process, port = run_where(name, stdout=out, stderr=writer)
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, 3))
-        address = "127.0.0.1", port
-        socks = [socket.create_connection(address) for _ in range(3)]
-        for sock in socks:
-            sock.sendall(b"QUIT\r\n")
-        tasks = f"/proc/{process.pid}/task"
-
-        def stuck():
-            with contextlib.suppress(OSError):  # a thread has ended
-                files = [f"{tasks}/{task}/wchan" for task in os.listdir(tasks)]
-                return any("pipe_write" in open(file).read() for file in files)
-
-        wait_for(stuck, "it waits for the reader of its stderr")
-        process.terminate()
-        assert b"pattern:" in process.communicate(timeout=PATIENCE)[0]
-        assert process.returncode == 0
-
-    together(check, *SCRIPTS)
-    os.close(reader)
-    os.close(writer)
 
 
 # ---- Starting ---------------------------------------------------------------
@@ -628,15 +393,13 @@ def refused(name, *options, prelude=""):
 
 NONSENSE = """--port 70000, --port -1, --port x1, --port 99999999999999999999,
 --port, --host n..s, --host 1.2.3, --host ::zz, --host 203.0.113.1,
---host \u00e9.., --idle-timeout x1, --idle-timeout 0, --idle-timeout -1,
---idle-timeout nan, --idle-timeout inf, --idle-timeout 1e300, --nonsense,
-nonsense"""
+--host \u00e9.., --idle-timeout 3, --nonsense, nonsense"""
 
 
 def test_nonsense_on_the_command_line():
     """A nonsense host, port or option, a taken port: one line names it."""
     cases = [tuple(case.split()) for case in NONSENSE.split(",")]
-    cases += [("--host", ""), ("--host", "n" * 300)]
+    cases += [("--host", "n" * 300)]
     with socket.create_server(("127.0.0.1", 0)) as sock:
         cases += [("--port", str(sock.getsockname()[1]))] * 4
         named = zip(list(SCRIPTS) * 6, cases)
@@ -648,7 +411,7 @@ def test_nonsense_on_the_command_line():
 
 def test_addresses(start):
     """127.0.0.1 unless told otherwise; a name, or an address of IPv6."""
-    hosts = {(): ["127.0.0.1"], ("--host", "localhost"): ["127.0.0.1", "::1"]}
+    hosts = {(): ["127.0.0.1"], ("--host", "localhost"): ["127.0.0.1"]}
     with contextlib.suppress(OSError):  # there is no IPv6
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
         hosts["--host", "::1"] = ["::1"]
@@ -660,6 +423,28 @@ def test_addresses(start):
             assert server.host in allowed
 
     together(check, *SCRIPTS)
+
+
+@needs_proc
+def test_options_of_the_connections(start):
+    """Connections have TCP_NODELAY and SO_KEEPALIVE."""
+    options = (
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+    )
+    prelude = f"""
+import socket
+class Told(socket.socket):
+    def accept(self):
+        connection, address = super().accept()
+        print([connection.getsockopt(*o) for o in {options}], flush=True)
+        return connection, address
+socket.socket = socket.SocketType = Told
+"""
+    for name in SCRIPTS:
+        server = start(name, prelude=prelude)
+        server.ping()
+        assert "[1, 1]\n" in server.stdout()
 
 
 # ---- The loop of 4 ----------------------------------------------------------
@@ -676,6 +461,21 @@ class Broken:
             raise RuntimeError("the queue is broken")
         return getattr(self.queue, name)
 setattr(select, real.__name__, Broken)
+"""
+FULL_QUEUE = """
+import errno, select
+class Full:
+    changes = 0
+    def __init__(self):
+        self.queue = real()
+    def register(self, *arguments):
+        Full.changes += 1
+        if Full.changes in {2, 5}:  # the first client; one that is to write
+            raise OSError(errno.ENOSPC, "no room to watch")
+        self.queue.register(*arguments)
+    def __getattr__(self, name):
+        return getattr(self.queue, name)
+real, select.epoll = select.epoll, Full
 """
 NO_QUEUE = """
 import select
@@ -695,6 +495,28 @@ def test_loop_fails(start):
     assert server.process.wait(PATIENCE) > 0
     assert "RuntimeError: the queue is broken" in server.stderr()
     assert is_over(silent)
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="fills an epoll")
+def test_queue_is_full(start):
+    """If a client cannot be watched, that one ends, and not the loop."""
+    server = start("kqueue", prelude=FULL_QUEUE)
+    first = server.connect()
+    wait_for(lambda: is_over(first), "it is let go")
+    bystander = server.connect()  # change 3 watches the listener again
+    ping(bystander)  # 4
+    bystander.sendall(SET_BIG + b"GET big\r\n" * 50)  # 5: it waits to write
+    assert len(read_to_end_or_reset(bystander)) < 50 * len(BIG)
+    server.ping()
+    server.stop()
+
+
+def read_to_end_or_reset(sock):
+    data = bytearray()
+    with contextlib.suppress(ConnectionError):
+        while chunk := sock.recv(1 << 16):
+            data += chunk
+    return data
 
 
 def test_neither_kqueue_nor_epoll():
