@@ -6,7 +6,7 @@ Each client connects, asks, thinks for a moment, asks again:
     SET key:1 value     INCR counter     GET key:1     INCR counter
 
 The key is its own, the counter belongs to all. Every reply is checked, and
-what each client did is drawn, from left to right.
+what each client did is drawn from left to right.
 
 Start it:  python3 client.py --server 1_single_blocking.py
 or, with a server that runs already:  python3 client.py --port 6380
@@ -15,24 +15,24 @@ or, with a server that runs already:  python3 client.py --port 6380
 import argparse
 import asyncio
 import contextlib
-import difflib
 import os
+import pathlib
 import re
 import resource
-import shutil
+import select
 import signal
 import subprocess
 import sys
-import threading
+import textwrap
 import time
 
 WIDTH = 79  # columns to draw in
 MOST_LINES = 20  # to draw; of more clients than that, a sample is shown
-TICK = 0.2  # seconds from one redraw to the next, from one batch to the next
-BATCH = 1000  # clients to connect at once; the queue for accept() is finite
+TICK = 0.2  # seconds between two redraws
+CONNECTING = 100  # clients at once: the queue for accept is finite
 ATTEMPTS = 10  # to connect, each after a longer pause
-MAX_REPLY = 64 * 1024  # bytes; no server may fill our memory
-NUMBER = re.compile(rb"[:$][0-9]{1,18}\r\n")
+GRACE = 2  # seconds; who is not connected by then is not waited for
+STILL = 0.1  # seconds; if nobody new is answered, the server serves no more
 
 
 class Failed(Exception):
@@ -44,8 +44,7 @@ class Visitor:
 
     def __init__(self, number):
         self.number = number
-        self.begin = 0.0  # when it wanted to connect
-        self.end = 0.0  # 0: it is still there
+        self.begin = self.end = 0.0  # end is 0 while it is there
         self.asked = None  # when it asked what is not answered yet
         self.waits = []  # pairs: when it asked, when it was answered
         self.transcript = []  # a line for each request
@@ -54,17 +53,15 @@ class Visitor:
 class Crowd:
     """All visitors of one server. The options are the command line's."""
 
-    def __init__(self, host, port, options):
-        self.host = host
-        self.port = port
+    def __init__(self, host, port, options, name="the server"):
+        self.host, self.port, self.name = host, port, name
         self.options = options
-        self.name = "the server"
         self.visitors = [Visitor(n + 1) for n in range(options.connections)]
+        self.connected, self.answered = set(), set()  # visitors, so far
         self.counts = []  # the replies to INCR, of all visitors
-        self.mistakes = []  # replies that were not what they should be
-        self.start = 0.0
-        self.midway = {}  # INFO while the visitors were there, and at the end
-        self.info = {}
+        self.mistakes = []  # sentences: what was not as it should be
+        self.start = self.stopped = 0.0
+        self.midway, self.info = {}, {}  # INFO with all there; at the end
         # Keys of our own: the server may have been running for a while.
         self.prefix = f"{os.getpid()}-{time.time_ns():x}:"
 
@@ -72,7 +69,8 @@ class Crowd:
     def elapsed(self):
         """Seconds from the start until the last has left, or until now."""
         ends = [visitor.end for visitor in self.visitors]
-        return (max(ends) if all(ends) else time.monotonic()) - self.start
+        now = self.stopped or time.monotonic()
+        return (max(ends) if all(ends) else now) - self.start
 
     def run(self, watch=lambda: None):
         """Hold all conversations, or raise Failed; call `watch` meanwhile."""
@@ -83,34 +81,47 @@ class Crowd:
             served = sum(visitor.end > 0 for visitor in self.visitors)
             text = f"{served} of {len(self.visitors)} clients were served"
             raise Failed(f"time ran out after {limit:g} s: {text}") from None
-        except (OSError, ValueError, OverflowError) as error:
-            text = f"no connection to {self.host}:{self.port}: {error}"
+        except (OSError, OverflowError) as error:
+            what = "lost the" if self.answered else "no"
+            text = f"{what} connection to {self.host}:{self.port}: {error}"
             raise Failed(text) from None
+        finally:
+            self.stopped = time.monotonic()
 
     async def talk(self, watch):
         # What fails is raised below; asyncio need not print it for each, too.
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)
-        self.all_open = asyncio.Event()
-        self.start = time.monotonic()
-        coming, tasks = self.visitors, set()
-        while coming or tasks:
-            for visitor in coming[:BATCH]:
-                visitor.begin = visitor.asked = self.start
-                tasks.add(asyncio.ensure_future(self.visit(visitor)))
-            coming = coming[BATCH:]
-            if not coming:
-                self.all_open.set()
+        self.gate = asyncio.Semaphore(CONNECTING)
+        self.all_open = asyncio.Event()  # all are connected, or cannot be
+        self.midway_asked = asyncio.Event()  # before that, nobody leaves
+        self.start = self.news = time.monotonic()
+        tasks = {asyncio.ensure_future(self.visit(v)) for v in self.visitors}
+        while tasks:
             done, tasks = await asyncio.wait(tasks, timeout=TICK)
             for task in done:
                 task.result()  # raises what the task has raised
+            if time.monotonic() > self.news + GRACE:
+                self.all_open.set()
             watch()
-        await self.check_counter()
+        # No INCR may be lost or done twice.
+        async with self.connection() as ask:
+            total, different = len(self.counts), len(set(self.counts))
+            reply = await ask("INCRBY", "counter", "0")
+            if reply != b":%d\r\n" % total or different < total:
+                text = f"after {total} INCRs the counter is {reply[:40]!a}"
+                self.mistakes.append(f"{text}, {different} numbers were given")
+            self.info = parse_info(await ask("INFO"))
 
     async def visit(self, visitor):
         """One visitor's conversation, from connect to close."""
+        visitor.begin = visitor.asked = self.start
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 async with self.connection() as ask:
+                    self.news = time.monotonic()
+                    self.connected.add(visitor)
+                    if len(self.connected) == len(self.visitors):
+                        self.all_open.set()
                     await self.converse(visitor, ask)
                 break
             except OSError:
@@ -126,66 +137,61 @@ class Crowd:
             if turn:
                 await asyncio.sleep(self.options.think)
                 visitor.asked = time.monotonic()
-            words, expected = self.request(visitor.number, turn)
+            # A reply of None: a number, that depends on the others.
+            words, right = self.request(visitor.number, turn)
             reply = await ask(*words)
             visitor.waits.append((visitor.asked, time.monotonic()))
             visitor.asked = None
-            self.check(visitor, words, reply, expected)
+            said = f"client {visitor.number}: {' '.join(words)}"
+            answer = ascii(reply[:80].decode("latin-1"))
+            if right is None and re.fullmatch(rb":[0-9]{1,18}\r\n", reply):
+                self.counts.append(int(reply[1:]))
+                answer = "a number"
+            elif reply != right:
+                self.mistakes.append(f"{said} was answered with {answer}")
+            visitor.transcript.append(f"{said} -> {answer}\n")
+            if turn == 0:
+                first = not self.answered
+                self.answered.add(visitor)
+                self.news = time.monotonic()
             await self.all_open.wait()  # so that all are there together
-            if visitor.number == 1 and turn == self.options.requests // 2:
+            if first and turn == self.options.requests // 2:
+                while len(self.answered) < len(self.visitors):
+                    if time.monotonic() > self.news + STILL:
+                        break  # the server keeps the others waiting
+                    await asyncio.sleep(0.01)
                 self.midway = parse_info(await ask("INFO"))
+                self.midway_asked.set()
+        await self.midway_asked.wait()
 
     def request(self, number, turn):
         """Return what a visitor asks in this turn, and the right reply."""
         if turn % 2:
-            return ("INCR", "counter"), None  # it depends on the others
+            return ("INCR", "counter"), None
         key, value = f"key:{number}", f"value-{number}.{turn // 4 + 1}"
         if turn % 4:
             return ("GET", key), f"${len(value)}\r\n{value}\r\n".encode()
         return ("SET", key, value), b"+OK\r\n"
 
-    def check(self, visitor, words, reply, expected):
-        """Write a request and its reply down, and see that they fit."""
-        asked = f"client {visitor.number}: {' '.join(words)}"
-        answer = ascii(reply[:80].decode("latin-1"))
-        if expected is None and NUMBER.fullmatch(reply):
-            self.counts.append(int(reply[1:]))
-            answer = "a number"
-        elif reply != expected:
-            self.mistakes.append(f"{asked} was answered with {answer}")
-        visitor.transcript.append(f"{asked} -> {answer}\n")
-
-    async def check_counter(self):
-        """See that no INCR was lost or done twice. Ask for INFO, as well."""
-        async with self.connection() as ask:
-            total, different = len(self.counts), len(set(self.counts))
-            reply = await ask("INCRBY", "counter", "0")
-            if reply != b":%d\r\n" % total or different < total:
-                text = f"after {total} INCRs the counter is {reply[:40]!a}"
-                self.mistakes.append(f"{text}, {different} numbers were given")
-            self.info = parse_info(await ask("INFO"))
-
     @contextlib.asynccontextmanager
     async def connection(self):
         """Open a connection, and lend a function that asks."""
-        where = self.host, self.port
-        reader, writer = await asyncio.open_connection(*where, limit=MAX_REPLY)
-        with contextlib.closing(writer):
-            yield lambda *words: self.ask(reader, writer, *words)
+        async with self.gate:
+            streams = await asyncio.open_connection(self.host, self.port)
+        with contextlib.closing(streams[1]):
+            yield lambda *words: self.ask(*streams, *words)
 
     async def ask(self, reader, writer, command, *words):
         """Send a request; return its reply, as the bytes that came."""
         if words:
             words = self.prefix + words[0], *words[1:]
+        writer.write(encode(command, *words))
         try:
-            writer.write(encode(command, *words))
             reply = await reader.readline()
-            if reply[:1] == b"$" and NUMBER.fullmatch(reply):
-                if int(reply[1:]) > MAX_REPLY:
-                    raise ValueError
+            if reply.startswith(b"$") and reply != b"$-1\r\n":
                 reply += await reader.readexactly(int(reply[1:]) + 2)
-        except ValueError:  # readline raises it, too
-            raise Failed(f"the reply to {command} is too long") from None
+        except ValueError:  # no number, or a line that is too long
+            raise Failed(f"the reply to {command} is none in RESP") from None
         except asyncio.IncompleteReadError:
             reply = b""
         if not reply.endswith(b"\r\n"):
@@ -201,54 +207,53 @@ def encode(*words):
 
 def parse_info(reply):
     """Return what a reply to INFO says, as {name: text}; {} if nothing."""
-    lines = reply.decode(errors="replace").split("\r\n")
-    pairs = (line.partition(":") for line in lines[1:])
-    return {name: value for name, colon, value in pairs if colon}
-
-
-# ---- A server of our own ----------------------------------------------------
+    lines = reply.decode(errors="replace").splitlines()
+    return dict(line.split(":", 1) for line in lines if ":" in line)
 
 
 class Server:
-    """Runs a server script on a free port while a `with` block lasts."""
+    """Runs a server script on a free port while a `with` block lasts.
+
+    Afterwards `problem` says how the script has ended, if not as it should.
+    """
 
     def __init__(self, script, timeout, command=None):
         self.script = script
         self.timeout = timeout  # seconds to start in, and to stop in
         self.command = command or [sys.executable, script, "--port", "0"]
+        self.problem = self.process = None
 
     def __enter__(self):
-        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE)
-        watchdog = threading.Timer(self.timeout, self.process.kill)
-        watchdog.start()
         try:
-            line = self.process.stdout.readline(200).decode(errors="replace")
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen(self.command, stdout=pipe)
+            said = self.process.stdout
+            ready = select.select([said], [], [], self.timeout)[0]
+            line = said.readline().decode(errors="replace") if ready else ""
             where = re.search(r"listening on (\S+):(\d{1,5})$", line.strip())
             if not where:
                 raise Failed(f"{self.script} did not start: it said {line!a}")
         except BaseException:  # or we are told to end: so is the server
-            self.process.kill()
-            self.process.wait()
+            if self.process:
+                self.process.kill()
+                self.process.wait()
             raise
-        finally:
-            watchdog.cancel()
         self.host, self.port = where[1], int(where[2])
         return self
 
     def __exit__(self, error, *details):
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(0.2 if error else 0)  # it may have died
-        died = self.process.returncode is not None
+            self.process.wait(0.2)  # it may have died
+        how = "stopped" if self.process.returncode is None else "died"
         self.process.terminate()
         try:
             self.process.wait(self.timeout)
         except subprocess.TimeoutExpired:
             self.process.kill()
         status = self.process.wait()
-        self.process.stdout.close()  # unread: it could be without end
-        if died or (status and not error):
-            how = "died" if died else "stopped"
-            raise Failed(f"{self.script} {how}: status {status}") from None
+        self.process.stdout.close()
+        if how == "died" or status not in (0, -signal.SIGTERM):
+            self.problem = f"{self.script} {how}: status {status}"
 
 
 # ---- Drawing ----------------------------------------------------------------
@@ -256,8 +261,8 @@ class Server:
 
 def glyphs():
     """Return two signs, for waiting and for talking, that stdout can show."""
-    encoding = (sys.stdout.encoding or "").lower()
-    return "░█" if encoding.startswith("utf") else ".#"
+    encoding = getattr(sys.stdout, "encoding", None) or ""
+    return "░█" if encoding.lower().startswith("utf") else ".#"
 
 
 def sample(things, most=MOST_LINES):
@@ -270,34 +275,34 @@ def sample(things, most=MOST_LINES):
 def drawing(crowd, scale):
     """Return lines of text: what each did until now, in `scale` seconds."""
     waiting, talking = glyphs()
-    now = time.monotonic()
+    now = crowd.start + crowd.elapsed
     margin = len(str(len(crowd.visitors))) + 2
-    columns = WIDTH - margin
-    lines = [f"{crowd.name}: {crowd.elapsed:.2f} s"]
-    lines[0] += f"0 to {scale:.2f} s".rjust(WIDTH - len(lines[0]))
+    head = f"{crowd.name:.50}: {crowd.elapsed:.2f} s"
+    lines = [head + f"0 to {scale:.2f} s".rjust(WIDTH - len(head))]
     for visitor in sample(crowd.visitors):
         going_on = [(visitor.asked, now)] if visitor.asked else []
         spans = [(talking, visitor.begin, visitor.end or now)]
         spans += [(waiting, *wait) for wait in visitor.waits + going_on]
-        row = [" "] * columns
-        for sign, begin, end in spans:
-            first = round((begin - crowd.start) / scale * columns)
-            last = round((end - crowd.start) / scale * columns)
+        row = [" "] * (WIDTH - margin)
+        for sign, *times in spans:
+            first, last = (
+                round((moment - crowd.start) / scale * len(row))
+                for moment in times
+            )
             if sign == talking:
                 last = max(last, first + 1)  # who was there is seen
             row[first:last] = sign * (last - first)
-        row.insert(0, f"{visitor.number:{margin - 1}} ")
-        lines.append("".join(row).rstrip()[:WIDTH])
+        text = f"{visitor.number:{margin - 1}} " + "".join(row)
+        lines.append(text.rstrip()[:WIDTH])
     return lines
 
 
 def results(crowd):
-    """Return what came of it, as {row: text}, INFO's figures included."""
-    first = max(v.waits[0][1] for v in crowd.visitors) - crowd.start
+    """Return what came of it, as {row: text}, with some figures of INFO."""
+    firsts = [v.waits[0][1] - crowd.start for v in crowd.visitors if v.waits]
     rows = {
-        "": " ".join(crowd.name.split("_")[:2])[:13],
         "time elapsed": f"{crowd.elapsed:.2f} s",
-        "first reply, worst": f"{first:.3f} s",
+        "first reply, worst": f"{max(firsts, default=0):.3f} s",
     }
     for row, info, *names in [
         ("threads, midway", crowd.midway, "threads"),
@@ -305,18 +310,16 @@ def results(crowd):
         ("polls", crowd.info, "polls"),
         ("wake-ups", crowd.info, "wakeups"),
     ]:
-        if names[0] in info:
-            rows[row] = f"{figure(info, *names):,.2f}".replace(".00", "")
+        with contextlib.suppress(KeyError, ValueError):  # it is not told
+            number = sum(float(info[name]) for name in names)
+            rows[row] = f"{number:,.2f}".replace(".00", "")
     return rows
 
 
-def figure(info, *names):
-    """Return the sum of figures of INFO. Raises Failed if that cannot be."""
-    texts = [info.get(name, "missing") for name in names]
-    with contextlib.suppress(ValueError):
-        if 0 < sum(map(float, texts)) < 1e15:  # the server has done something
-            return sum(map(float, texts))
-    raise Failed(f"INFO says {' + '.join(names)} is {' + '.join(texts)!a:.40}")
+def heads(names):
+    """Return the heads of the columns: 1 single, 5 select a, 5 select b."""
+    stems = [os.path.splitext(name)[0].replace("_", " ") for name in names]
+    return [textwrap.shorten(s, 13, placeholder="") or s[:13] for s in stems]
 
 
 def table(columns, names, indent=""):
@@ -344,48 +347,8 @@ def raise_descriptor_limit(needed):
         raise Failed(f"{needed} open files needed, {hard} allowed") from None
 
 
-def write(path, lines):
-    """Write lines of text to a file, in a folder that is made if need be."""
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(lines)
-    except OSError as error:
-        raise Failed(f"cannot write {path}: {error.strerror}") from None
-
-
-def visit(script, options, scale, live):
-    """Visit a server, of our own if there is a script; return the Crowd."""
-    lines = []
-
-    def redraw():
-        up = f"\x1b[{len(lines)}A" if lines else ""  # to its first line
-        lines[:] = drawing(crowd, max(scale, crowd.elapsed))
-        print(up + "\x1b[K\n".join(lines), end="\x1b[K\n", flush=True)
-
-    own = Server(script, options.timeout) if script else None
-    with own or contextlib.nullcontext(options) as server:
-        crowd = Crowd(server.host, server.port, options)
-        crowd.name = os.path.basename(script or crowd.name)
-        crowd.run(redraw if live else lambda: None)
-    return crowd
-
-
-def check_transcript(crowd, first):
-    """See that a server gave the right replies, the same as the first."""
-    for one, other in zip(first.visitors, crowd.visitors):
-        if one.transcript != other.transcript:
-            texts = one.transcript, other.transcript
-            diff = difflib.unified_diff(*texts, first.name, crowd.name)
-            sys.stdout.writelines(diff)
-            raise Failed(f"{crowd.name} and {first.name} reply differently")
-    if crowd.mistakes:
-        raise Failed(f"{crowd.name}: {crowd.mistakes[0]}")
-
-
 def command_line():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="of a server that runs already")
     add("--port", type=int, default=6380)
@@ -406,6 +369,33 @@ def command_line():
     return options
 
 
+def visit(script, options, scale, live):
+    """Visit a server, of our own if there is a script; return the Crowd."""
+    lines = []
+
+    def redraw():
+        up = f"\x1b[{len(lines)}A" if lines else ""  # to its first line
+        lines[:] = drawing(crowd, max(scale, crowd.elapsed))
+        print(up + "\x1b[K\n".join(lines), end="\x1b[K\n", flush=True)
+
+    own = Server(script, options.timeout) if script else None
+    with own or contextlib.nullcontext(options) as server:
+        name = os.path.basename(script or "the server")
+        crowd = Crowd(server.host, server.port, options, name)
+        try:
+            crowd.run(redraw if live else lambda: None)
+        except Failed as failure:
+            crowd.mistakes.insert(0, str(failure))
+    if own and own.problem:
+        crowd.mistakes.insert(0, own.problem)
+    return crowd
+
+
+def said(crowd):
+    """Return the transcript: client by client, so not by time."""
+    return [line for visitor in crowd.visitors for line in visitor.transcript]
+
+
 def main():
     options = command_line()
     raise_descriptor_limit(options.connections + 50)
@@ -416,35 +406,48 @@ def main():
     alone = (options.requests - 1) * options.think
     serial = 1.2 * options.connections * alone + 0.1
     scale = serial if serial <= options.timeout else 1.2 * alone + 0.1
-    columns, lines = shutil.get_terminal_size()
-    room = columns > WIDTH and lines > min(options.connections, MOST_LINES) + 1
-    live = room and sys.stdout.isatty()
+    live = os.isatty(1) and os.environ.get("TERM") != "dumb"
+    if live:
+        columns, lines = os.get_terminal_size(1)
+        live = columns > WIDTH and lines > MOST_LINES + 1
     crowds = []
     for number, script in enumerate(options.server or [None]):
         crowds.append(crowd := visit(script, options, scale, live))
         if options.transcript:
-            said = [line for v in crowd.visitors for line in v.transcript]
-            write(options.transcript[number], said)
-        check_transcript(crowd, crowds[0])
-    longest = max(crowd.elapsed for crowd in crowds)
+            path = pathlib.Path(options.transcript[number])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(said(crowd)), encoding="utf-8")
+        if crowd.mistakes:
+            break
+    longest = max(scale, *(crowd.elapsed for crowd in crowds))
     if not live or longest > scale:  # it took longer than expected
-        for crowd in crowds:
-            print(*drawing(crowd, max(scale, longest)), sep="\n")
+        for each in crowds:
+            print(*drawing(each, longest), sep="\n")
+    if crowd.mistakes:
+        where = f"{crowd.name}: " if options.server else ""
+        raise Failed(where + crowd.mistakes[0])
+    if any(said(each) != said(crowd) for each in crowds):
+        raise Failed("not all transcripts are the same")
     if len(crowds) > 1:
         print(f"All {len(crowds)} transcripts are the same.")
     columns = [results(crowd) for crowd in crowds]
     names = dict.fromkeys(name for rows in columns for name in rows)
-    print(*table(columns, names), sep="\n")
+    for rows, head in zip(columns, heads([crowd.name for crowd in crowds])):
+        rows[""] = head
+    print(*table(columns, ["", *names]), sep="\n")
 
 
 if __name__ == "__main__":
     # Whoever ends this client ends the server that it has started, too.
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-    except Failed as failure:
-        sys.exit(f"client.py: {failure}")
     except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
+    except (Failed, OSError) as failure:
+        sys.exit(f"client.py: {failure}")

@@ -51,9 +51,9 @@ def right(words):
     """Reply as a right server would; this one knows no INFO."""
     if words[0] == b"INFO":
         return b"-ERR unknown command\r\n"
-    conversation = application.Conversation()
-    conversation.receive(array(*words))
-    return conversation.replies()
+    session = application.Session({})
+    session.receive(array(*words))
+    return session.answer()
 
 
 def spoiled(command, wrong):
