@@ -49,6 +49,7 @@ def test_compare(tools):
         r"first reply, worst +\d+ ms +\d+ ms",
         r"another's PING +must wait +\d+ ms",
         r"another's PING then +must wait +\d{3} ms",
+        r"The PING came 50 ms after the handler began\. .*",
         r"CPU in use +\d% +\d%",
         r"threads meanwhile +1 +2",
         *([rf"memory for each +- +{each} KiB"] if PROC else []),
@@ -105,3 +106,29 @@ def test_syscalls(tools):
     assert row("epoll_wait")[:3] == [0, 0, 0] and row("epoll_wait")[3] > 0
     in_vain = row(r"recv .*\n +EAGAIN")
     assert in_vain[2] > 0 and in_vain[0] == in_vain[1] == in_vain[3] == 0
+
+
+def test_scripts_of_the_lecture(folder):
+    """measure.py says what a PING costs; late.py finds who never waits."""
+    server, own = SERVERS_DIR / SCRIPTS["kqueue"], folder / "never_waits.py"
+    text = server.read_text(encoding="utf-8")
+    own.write_text(text.replace("wants != watched and", "False and"))
+
+    def late(script):
+        return run(sys.executable, HERE / "bench/late.py", script)[1]
+
+    def measure(script):
+        tool = HERE / "bench/measure.py"
+        return run(sys.executable, tool, script, 20)[1]
+
+    jobs = (late, server), (late, own), (measure, server)
+    right, wrong, cost = together(lambda job: job[0](job[1]), *jobs)
+    missing = "bytes of the replies are missing"
+    assert right == f"0 {missing}\n"
+    assert re.fullmatch(rf"[1-9]\d+ {missing}\n", wrong)
+    lines = [re.sub(r"[\d.]+", "N", line) for line in cost.splitlines()]
+    assert lines == [
+        "idle: N% of a core",
+        "a PING takes N us",
+        "the server's CPU for it: N us",
+    ]

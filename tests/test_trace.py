@@ -112,9 +112,10 @@ def test_busy(thinking):
 def test_kqueue(thinking, name):
     """The loop sleeps in the queue; the main thread waits for the loop."""
     lanes = thinking.lanes(name)
-    loop, main = lanes["event loop"], lanes["main: waits for another thread"]
+    loop = lanes["event loop"]
+    main = lanes["main: waits for another thread's end"]
     assert len(lanes) == 2
-    assert shares(loop)["queue"] > 0.5 and shares(main)["lock"] > 0.8
+    assert shares(loop)["queue"] > 0.5 and shares(main)["join"] > 0.8
     assert shares(loop)["sleep"] == shares(loop)["poll"] == 0
     assert not any("failed" in span["args"] for span in loop)
 
@@ -148,7 +149,7 @@ def test_a_client_that_goes_quiet(tmp_path):
 
 def test_json(thinking):
     """Chrome's Trace Event Format: names, and spans that do not overlap."""
-    names = set("accept recv send queue sleep poll lock waits".split())
+    names = set("accept recv send queue sleep poll lock join waits".split())
     keys = set("ph name pid tid ts dur args".split())
     for key, spans in thinking.spans.items():
         assert key in thinking.named
@@ -161,15 +162,20 @@ def test_json(thinking):
 
 def test_drawing(thinking):
     """All on one scale, in 79 columns; short moments of work are seen."""
-    assert max(map(len, thinking.out.splitlines())) <= 79
+    drawn = thinking.out.partition("\nThe same is drawn in ")[0]  # no path
+    assert max(map(len, drawn.splitlines())) <= 79
     scales = re.findall(r"^\S+\.py: .* (0 to .*)$", thinking.out, re.M)
     assert len(scales) == 5 and len(set(scales)) == 1
-    lanes = re.findall(r"^(?:main|thread \d) +(\S+)$", thinking.out, re.M)
-    single, main, one, two, busy, _, loop = lanes[:7]
+    name = r"^(?:main|loop|of client \d) +(\S+)$"
+    lanes = re.findall(name, thinking.out, re.M)
+    single, main, one, two, busy, waits, loop = lanes[:7]
     assert set("12│") <= set(single) <= set("12│█as")
     assert main.count("a") > main.count("│")
     assert "1" in one and "2" not in one and "2" in two and "1" not in two
-    assert "▒" in busy and "q" in loop
+    assert "▒" in busy and "q" in loop and "j" in waits and "q" not in waits
+    # The legend has what occurs, and nothing else.
+    legend = thinking.out.partition("\n\n1_single")[0]
+    assert "in the queue" in legend and "in sleep" not in legend
 
 
 def test_svg(thinking):
@@ -178,7 +184,7 @@ def test_svg(thinking):
     kinds = {element.tag[len(SVG) :] for element in root.iter()}
     assert kinds == set("svg title style rect text line".split())
     texts = {e.text.partition(": ")[0] for e in root.iter(SVG + "text")}
-    assert {*SCRIPTS.values(), "thread 2", "in the queue", "1"} <= texts
+    assert {*SCRIPTS.values(), "of client 2", "in the queue"} <= texts
     assert "prefers-color-scheme: dark" in thinking.svg
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""The same application on asyncio, twice: what `make bench` compares with.
+"""The same application elsewhere: what `make bench` compares the loop with.
 
+floor      the barest loop that Python allows: no backpressure, no statistics
 streams    asyncio's readers and writers, a coroutine for each connection
 protocol   asyncio.Protocol, whose methods the loop calls
 
@@ -12,11 +13,13 @@ import argparse
 import asyncio
 import contextlib
 import importlib.util
-import signal
+import select
+import socket
 import sys
 from pathlib import Path
 
 CHUNK = 64 * 1024  # bytes to read at once, at most
+BACKLOG = 4096
 
 
 def load(path):
@@ -27,79 +30,87 @@ def load(path):
     return module
 
 
-application = load(Path(__file__).resolve().parents[2] / "4_kqueue_loop.py")
+Session = load(
+    Path(__file__).resolve().parents[2] / "4_kqueue_loop.py"
+).Session
 
 
-class Tally:
-    """What INFO wants to know of a server."""
+def floor(listener, statistics):
+    """Serve with recv, receive, answer and send, and nothing else."""
+    listener.setblocking(False)
+    clients, listening = {}, listener.fileno()
+    epoll = hasattr(select, "epoll")
+    queue = select.epoll() if epoll else select.kqueue()
 
-    def __init__(self, pattern):
-        self.pattern = pattern
-        self.connected = 0
-        self.accepted = 0
+    def watch(descriptor):
+        if epoll:
+            queue.register(descriptor, select.EPOLLIN)
+        else:
+            queue.control([select.kevent(descriptor)], 0)
 
-    def opened(self):
-        self.connected += 1
-        self.accepted += 1
+    watch(listening)
+    while True:
+        if epoll:
+            ready = [descriptor for descriptor, _ in queue.poll()]
+        else:
+            ready = [event.ident for event in queue.control(None, 1024)]
+        for descriptor in ready:
+            if descriptor == listening:
+                connection, _ = listener.accept()
+                connection.setblocking(False)
+                clients[connection.fileno()] = connection, Session(statistics)
+                watch(connection.fileno())
+                continue
+            connection, session = clients[descriptor]
+            try:
+                session.receive(connection.recv(CHUNK))
+                replies = session.answer()
+                if replies:
+                    connection.send(replies)
+            except OSError:
+                session.finished = True
+            if session.finished:
+                del clients[descriptor]
+                connection.close()
 
-    def closed(self):
-        self.connected -= 1
 
-    def tally(self):
-        return {
-            "connected_clients": self.connected,
-            "total_connections_received": self.accepted,
-        }
-
-
-async def serve_streams(new_conversation, tally, address):
+async def serve_streams(listener, statistics):
     """Serve with asyncio streams."""
 
     async def handle(reader, writer):
-        conversation = new_conversation()
-        tally.opened()
-        try:
-            while not conversation.finished:
-                data = await reader.read(CHUNK)
-                if not data:
-                    break
-                conversation.receive(data)
-                while replies := conversation.replies():
+        session = Session(statistics)
+        with contextlib.suppress(OSError), contextlib.closing(writer):
+            while not session.finished:
+                session.receive(await reader.read(CHUNK))
+                while replies := session.answer():
                     writer.write(replies)
                     await writer.drain()  # waits for a client that reads late
-        except (ConnectionError, asyncio.CancelledError):
-            pass
-        finally:
-            tally.closed()
-            writer.close()
 
-    return await asyncio.start_server(handle, *address, backlog=4096)
+    return await asyncio.start_server(handle, sock=listener, backlog=BACKLOG)
 
 
 class Protocol(asyncio.Protocol):
     """One connection. The loop calls these methods; none of them waits."""
 
-    def __init__(self, conversation, tally):
-        self.conversation = conversation
-        self.tally = tally
+    def __init__(self, session):
+        self.session = session
         self.full = False  # True while the client does not read its replies
 
     def connection_made(self, transport):
         self.transport = transport
-        self.tally.opened()
 
     def data_received(self, data):
-        self.conversation.receive(data)
+        self.session.receive(data)
         self.answer()
 
     def answer(self):
         """Carry out what was asked, as long as the client takes it in."""
         while not self.full:
-            replies = self.conversation.replies()
+            replies = self.session.answer()
             if not replies:
                 break
             self.transport.write(replies)
-        if self.conversation.finished:
+        if self.session.finished:
             # It closes once all is sent. Not from within resume_writing():
             # asyncio would then close twice, and print a traceback.
             asyncio.get_running_loop().call_soon(self.transport.close)
@@ -117,41 +128,29 @@ class Protocol(asyncio.Protocol):
 
     def connection_lost(self, error):
         self.full = True  # nobody is there to answer
-        self.tally.closed()
 
 
-async def serve_protocol(new_conversation, tally, address):
+async def serve_protocol(listener, statistics):
     """Serve with asyncio.Protocol."""
     return await asyncio.get_running_loop().create_server(
-        lambda: Protocol(new_conversation(), tally), *address, backlog=4096
+        lambda: Protocol(Session(statistics)), sock=listener, backlog=BACKLOG
     )
 
 
-async def serve(options):
-    """Serve, until SIGINT or SIGTERM comes."""
-    tally = Tally(f"{options.loop} {options.kind}")
-    application.Conversation.server = tally  # whose figures INFO tells
-    stop = asyncio.Event()
-    for number in signal.SIGINT, signal.SIGTERM:
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+async def serve(kind, listener, statistics):
+    """Serve for ever on an event loop of asyncio's kind."""
     kinds = {"streams": serve_streams, "protocol": serve_protocol}
-    server = await kinds[options.kind](
-        application.Conversation, tally, (options.host, options.port)
-    )
-    host, port = server.sockets[0].getsockname()[:2]
-    print(f"{tally.pattern}: listening on {host}:{port}", flush=True)
-    await stop.wait()
-    server.close()
+    server = await kinds[kind](listener, statistics)
+    await server.serve_forever()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("kind", choices=["streams", "protocol"])
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=6380)
-    parser.add_argument(
-        "--loop", choices=["asyncio", "uvloop"], default="asyncio"
-    )
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("kind", choices=["floor", "streams", "protocol"])
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=6380)
+    add("--loop", choices=["asyncio", "uvloop"], default="asyncio")
     options = parser.parse_args()
     run = asyncio.run
     if options.loop == "uvloop":
@@ -163,10 +162,18 @@ def main():
             run = uvloop.run
         else:  # before 0.18
             uvloop.install()
+    address = options.host, options.port
     try:
-        run(serve(options))
+        listener = socket.create_server(address, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
         sys.exit(f"cannot listen on {options.host}:{options.port}: {error}")
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    statistics = {"pattern": f"{options.loop} {options.kind}"}
+    host, port = listener.getsockname()[:2]
+    print(f"{statistics['pattern']}: listening on {host}:{port}", flush=True)
+    if options.kind == "floor":
+        floor(listener, statistics)
+    run(serve(options.kind, listener, statistics))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ MODES = [  # connections, requests in flight on each
     (1, IN_FLIGHT),
 ]
 SINGLE = "1 single blocking"
+FLOOR = "floor"  # the barest loop that Python allows
 STREAMS = "asyncio streams"
 PROTOCOL = "asyncio.Protocol"
 UVLOOP = "uvloop"  # and Protocol
@@ -92,6 +93,7 @@ def contestants():
         return lambda: running(*command)
 
     found = {name: lambda name=name: start(name) for name in SCRIPTS}
+    found[FLOOR] = on_asyncio("floor")
     found[STREAMS] = on_asyncio("streams")
     found[PROTOCOL] = on_asyncio("protocol")
     if importlib.util.find_spec("uvloop"):
@@ -204,7 +206,7 @@ def comparison(results):
         loop = results[mode].get(LOOP)
         others = [
             f"{median_ratio(loop, results[mode][name]):.2f} of {name}"
-            for name in (PROTOCOL, UVLOOP, REDIS)
+            for name in (FLOOR, PROTOCOL, UVLOOP, REDIS)
             if loop and name in results[mode]
         ]
         if others:
@@ -215,8 +217,7 @@ def comparison(results):
 
 
 def command_line():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--rounds", type=int, default=5, help="of all in turn (5)")
     add(

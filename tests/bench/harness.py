@@ -18,19 +18,17 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from client import (  # noqa: E402, F401
-    MAX_REPLY,
     Crowd,
     Failed,
     Server,
     encode,
-    figure,
     glyphs,
+    heads,
     parse_info,
     raise_descriptor_limit,
     results,
     sample,
     table,
-    write,
 )
 
 SCRIPTS = {
@@ -46,15 +44,24 @@ TIMEOUT = 20  # seconds for a server to start in, to stop in, to answer in
 # ---- Servers ----------------------------------------------------------------
 
 
+class Checked(Server):
+    """A Server that raises Failed afterwards if it has not ended well."""
+
+    def __exit__(self, error, *details):
+        super().__exit__(error, *details)
+        if self.problem and not error:
+            raise Failed(self.problem)
+
+
 def start(name):
     """Return one of the four servers, to be used in a `with` statement."""
-    return Server(os.path.relpath(ROOT / SCRIPTS[name]), TIMEOUT)
+    return Checked(os.path.relpath(ROOT / SCRIPTS[name]), TIMEOUT)
 
 
 def running(*command):
     """Return a server that a whole command starts, for a `with` statement."""
     script = next(word for word in command if word.endswith(".py"))
-    return Server(script, TIMEOUT, command)
+    return Checked(script, TIMEOUT, command)
 
 
 class Line:
@@ -87,12 +94,9 @@ class Line:
 
     def reply(self):
         """Return the next reply, as the bytes that came."""
-        reply = self.replies.readline(MAX_REPLY)
-        if reply[:1] == b"$" and reply[1:-2].isdigit():
-            size = int(reply[1:-2][:9]) + 2
-            if size > MAX_REPLY:
-                raise Failed(f"a reply is too long: {reply[:40]!a}")
-            reply += self.replies.read(size)
+        reply = self.replies.readline()
+        if reply.startswith(b"$") and reply != b"$-1\r\n":
+            reply += self.replies.read(int(reply[1:]) + 2)
         if not reply.endswith(b"\r\n"):
             raise Failed("a server closed a connection and owed it a reply")
         return reply
@@ -112,12 +116,20 @@ def cpu_time(info):
     return figure(info, "used_cpu_user", "used_cpu_sys")
 
 
-def memory(info):
-    """Return the bytes of memory that the process behind an INFO takes now.
+def figure(info, *names):
+    """Return the sum of some figures of INFO. Failed if one is missing."""
+    try:
+        return sum(float(info[name]) for name in names)
+    except (KeyError, ValueError):
+        raise Failed(f"INFO does not tell {' and '.join(names)}") from None
+
+
+def memory(server):
+    """Return the bytes of memory that a Server's process takes now.
 
     Returns None where nobody can tell.
     """
-    pid = f"{figure(info, 'process_id'):.0f}"
+    pid = str(server.process.pid)
     with contextlib.suppress(OSError, IndexError):  # on Linux
         with open(f"/proc/{pid}/status") as status:
             return int(status.read().split("VmRSS:")[1].split()[0]) * 1024
@@ -138,17 +150,34 @@ def machine():
     )
 
 
+def write(path, lines):
+    """Write lines of text to a file, in a folder that is made if need be."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise Failed(f"cannot write {path}: {error.strerror}") from None
+
+
+def dumb():
+    """Return whether stdout or its reader wants no colours, no escapes."""
+    wish = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return bool(wish or not (sys.stdout and sys.stdout.isatty()))
+
+
 def progress(text=""):
     """Show how far it is, on one line, if somebody is watching."""
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty() and not dumb():
         print(f"\r{text:78.78}", end="\r", file=sys.stderr, flush=True)
 
 
 def run(main):
     """Run a tool. What goes wrong is one sentence, and no server stays."""
     name = os.path.basename(sys.argv[0])
-    for number in signal.SIGINT, signal.SIGTERM:
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except BrokenPipeError:  # whoever read our output has gone

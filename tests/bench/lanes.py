@@ -4,14 +4,11 @@ As text, for a terminal or a file, and as SVG, for slides.
 """
 
 import collections
-import os
-import sys
-
-from harness import glyphs, machine, sample
+from harness import dumb, glyphs, machine, sample
 from svg import COLOURS, Picture
 
 WIDTH = 79  # columns
-MARGIN = 10  # of these, for names
+MARGIN = 13  # of these, for names
 
 # ---- As text ----------------------------------------------------------------
 
@@ -22,11 +19,13 @@ SIGNS = {  # for recv it is the client's number, if that is known
     "queue": "q",
     "sleep": "z",
     "lock": "-",
+    "join": "j",
     "poll": "\u2592",
     "running": "\u2588",
     "moment": "\u2502",
+    "silent": "\u00b7",
 }
-PLAIN = {"poll": "%", "running": "#", "moment": "|"}  # where there are not
+PLAIN = {"poll": "%", "running": "#", "moment": "|", "silent": ":"}  # in ASCII
 COLORS = {  # as a terminal numbers them; the others stay as they are
     "accept": 36,
     "recv": 94,
@@ -34,6 +33,7 @@ COLORS = {  # as a terminal numbers them; the others stay as they are
     "queue": 32,
     "sleep": 33,
     "lock": 90,
+    "join": 90,
     "poll": 31,
 }
 
@@ -44,26 +44,51 @@ def sign(state, client=None):
     text = plain.get(state, SIGNS[state])
     if state == "recv" and client:
         text = str(client % 10)  # one column, so one digit
-    dull = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-    if state in COLORS and sys.stdout.isatty() and not dull:
+    if state in COLORS and not dumb():
         text = f"\x1b[{COLORS[state]}m{text}\x1b[0m"
     return text
 
 
-def legend():
-    """Return lines of text that explain the signs."""
+WORDS = {
+    "accept": "sleeps in accept",
+    "recv": "in recv, for client 1, 2, 3",
+    "send": "in send",
+    "queue": "in the queue",
+    "sleep": "in sleep",
+    "lock": "waits for a lock",
+    "join": "waits for the loop's end",
+    "poll": "polls in vain",
+    "running": "runs, or waits for a core",
+    "moment": "runs for a moment",
+}
+
+
+def legend(traces):
+    """Return lines of text that explain the signs that occur."""
     waiting, talking = glyphs()
-    recv = "".join(sign("recv", number) for number in (1, 2, 3))
-    return [
-        f"clients    {waiting} waits for the server"
-        f"   {talking} is in conversation with it",
-        f"threads    {sign('accept')} sleeps in accept"
-        f"   {recv} in recv, for client 1, 2, 3   {sign('send')} in send",
-        f"           {sign('queue')} in the queue   {sign('sleep')} in sleep"
-        f"   {sign('lock')} in a lock, for another thread",
-        f"           {sign('poll')} polls in vain   {sign('running')} runs"
-        f" (or waits to)   {sign('moment')} runs for a moment",
-    ]
+    clients = [f"{waiting} waits for the server", f"{talking} talks or thinks"]
+    if any(silent(visitor) for t in traces for visitor in t.crowd.visitors):
+        clients.append(f"{sign('silent')} has sent half a request, is silent")
+    spans = [span for t in traces for lane in t.lanes for span in lane.spans()]
+    states = {span.state for span in spans} | {"moment"}
+    threads = []
+    for state, words in WORDS.items():
+        if state in states:
+            shown = sign(state)
+            if state == "recv":
+                shown = "".join(sign("recv", number) for number in (1, 2, 3))
+            threads.append(f"{shown} {words}")
+    lines = []
+    for name, texts in ("clients", clients), ("threads", threads):
+        for at in range(0, len(texts), 2):
+            head = "" if at else name
+            lines.append(f"{head:{MARGIN}}" + "   ".join(texts[at : at + 2]))
+    return lines
+
+
+def silent(visitor):
+    """Return when a client was silent: a pair of times, or None."""
+    return getattr(visitor, "silent", None)
 
 
 def drawing(trace, scale):
@@ -83,14 +108,15 @@ def client_row(visitor, start, step):
     """Return a text: when a client waits, and when it talks or thinks."""
     waiting, talking = glyphs()
     row = [" "] * (WIDTH - MARGIN)
-    for sign, times in (
+    for shown, times in (
         (talking, [(visitor.begin, visitor.end)]),
+        (sign("silent"), [silent(visitor)] if silent(visitor) else []),
         (waiting, visitor.waits),
     ):
         for begin, end in times:
             first = round((begin - start) / step)
             last = min(round((end - start) / step), len(row))
-            row[first:last] = sign * (last - first)
+            row[first:last] = shown * (last - first)
     return "".join(row).rstrip()
 
 
@@ -127,11 +153,13 @@ KINDS = {  # in the legend: (its words, in light, in dark, text on it)
     "send": ("in send", "#cc79a7", "#cc79a7", "on-light"),
     "queue": ("in the queue", "#009e73", "#009e73", "on-light"),
     "sleep": ("in sleep", "#e69f00", "#e69f00", "on-light"),
-    "lock": ("for another thread", "#afb8c1", "#afb8c1", "on-light"),
+    "lock": ("in a lock", "#afb8c1", "#afb8c1", "on-light"),
+    "join": ("waits for the loop", "#d1d9e0", "#6e7781", "on-light"),
     "poll": ("polls in vain", "#d55e00", "#d55e00", "on-light"),
     "running": ("runs", "#000000", "#ffffff", ""),
     "client-waits": ("client waits", "#d1d9e0", "#3d444d", ""),
     "client-talks": ("client talks", "#6e7781", "#9198a1", ""),
+    "client-silent": ("client is silent", "#f0d9ff", "#5c4a6b", ""),
 }
 COLOURS.update({kind: about[1:3] for kind, about in KINDS.items()})
 COLOURS["on-light"] = "#000000", "#000000"
@@ -144,7 +172,13 @@ def picture(traces, title):
     page = Picture("Where each server waits, and for whom", RIGHT + 40)
     page.text(20, 28, page.title, "head")
     page.text(20, 46, f"{title}. {machine()}", "tick")
-    for number, (kind, about) in enumerate(KINDS.items()):
+    spans = [span for t in traces for lane in t.lanes for span in lane.spans()]
+    occurring = {span.state for span in spans}
+    occurring |= {"client-waits", "client-talks"}
+    if any(silent(visitor) for t in traces for visitor in t.crowd.visitors):
+        occurring.add("client-silent")
+    shown = [item for item in KINDS.items() if item[0] in occurring]
+    for number, (kind, about) in enumerate(shown):
         x, y = LEFT + number % 5 * 145, 58 + number // 5 * 17
         page.bar(kind, x, y, 14, 10)
         page.text(x + 20, y + 9, about[0], "tick")
@@ -167,7 +201,10 @@ def add_server(page, y, trace, pixels):
     for visitor in sample(trace.crowd.visitors):
         talk = "client-talks", visitor.begin, visitor.end
         waits = [("client-waits", *wait) for wait in visitor.waits]
-        for kind, begin, end in [talk, *waits]:
+        quiet = (
+            [("client-silent", *silent(visitor))] if silent(visitor) else []
+        )
+        for kind, begin, end in [talk, *quiet, *waits]:
             x = LEFT + (begin - trace.start) * pixels
             page.bar(kind, x, y, (end - begin) * pixels, CLIENT - 2)
         y += CLIENT

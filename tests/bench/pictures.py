@@ -8,7 +8,6 @@ Start it:  make pictures
 
 import argparse
 import os
-import sys
 
 from harness import (
     SCRIPTS,
@@ -75,8 +74,7 @@ def picture(crowds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--connections", type=int, default=8)
     add("--requests", type=int, default=4)

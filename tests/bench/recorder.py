@@ -2,11 +2,11 @@
 
 Start it:  python3 recorder.py RECORD SCRIPT [OPTION]...
 
-`make trace` does. Python tells a profile function when a built-in function is
-called and when it returns. The calls in which a server can wait are such
-functions: of sockets, queues and locks, and sleep. When the script ends, the
-file RECORD gets, as JSON, the process's `begin`, and its `lanes`, one for each
-thread:
+`make trace` does, and ends it with SIGTERM. Python tells a profile function
+when a built-in function is called and when it returns. The calls in which a
+server can wait are such functions: of sockets, queues and locks, and sleep.
+When the script ends, the file RECORD gets, as JSON, the process's `begin`, and
+its `lanes`, one for each thread:
 
     main, begin, end   is it the main thread; end is null if it was there still
     spans              [what, begin, end, port, calls, failed], for each call:
@@ -30,6 +30,7 @@ import json
 import os
 import runpy
 import select
+import signal
 import socket
 import sys
 import threading
@@ -58,7 +59,8 @@ CALLS = [  # how a call is named here, whose it may be, how Python names it
     ("queue", QUEUES, ["poll", "control"]),
     ("queue", MODULE, ["select"]),
     ("sleep", MODULE, ["sleep"]),
-    ("lock", LOCKS, ["acquire", "acquire_lock", "join"]),
+    ("lock", LOCKS, ["acquire", "acquire_lock"]),
+    ("join", LOCKS, ["join"]),
     ("lock", MODULE, ["pause", "sigwait"]),  # for a signal, not for a thread
 ]
 WATCHED = {
@@ -94,6 +96,8 @@ class Lane:
                 if isinstance(owner, watched[1]):
                     self.owner = owner
                     self.what = watched[0]
+                    if frame.f_code.co_name == "_wait_for_tstate_lock":
+                        self.what = "join"  # so Thread.join() did until 3.12
                     if watched[1] is SOCKET and not known_port(owner):
                         learn_port(owner)
                     self.since = time.monotonic()
@@ -164,7 +168,6 @@ def new_thread(frame, event, arg):
 
 def main():
     path, script, *options = sys.argv[1:]
-    exit_at_once = os._exit
     begin = time.monotonic()
 
     def save():
@@ -176,12 +179,13 @@ def main():
         with open(path, "w", encoding="utf-8") as file:
             json.dump(record, file)
 
-    def save_and_exit(status):
+    def save_and_end(number, frame):
         save()
-        exit_at_once(status)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     atexit.register(save)
-    os._exit = save_and_exit  # it would pass by what atexit has to do
+    signal.signal(signal.SIGTERM, save_and_end)
     # The script finds what it would find if it had been started by itself.
     sys.argv = [script, *options]
     sys.path[0] = os.path.dirname(os.path.abspath(script))

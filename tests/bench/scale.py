@@ -15,7 +15,6 @@ import math
 import resource
 import signal
 import socket
-import sys
 import textwrap
 import time
 
@@ -135,10 +134,10 @@ class Crowd:
         except TimeUp:
             self.answered += self.count_replies(talking)
             rate = self.answered / (time.monotonic() - begin)
-            return Point(rate, None, mebibytes(info))
+            return Point(rate, None, mebibytes(self.server))
         rate = self.answered / (time.monotonic() - begin)
         cpu = cpu_time(talking[0].info()) - before
-        return Point(rate, cpu / self.answered * 1e6, mebibytes(info))
+        return Point(rate, cpu / self.answered * 1e6, mebibytes(self.server))
 
     def play_round(self, connections):
         """Send a request on each connection, then read all the replies."""
@@ -159,9 +158,9 @@ class Crowd:
         return count
 
 
-def mebibytes(info):
+def mebibytes(server):
     """Return the memory that a server takes now, or None."""
-    size = memory(info)
+    size = memory(server)
     return size and size / 2**20
 
 
@@ -457,8 +456,7 @@ def draw_legend(page, left, top):
 
 
 def command_line():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--most", type=int, default=SIZES[-1], help="connections (10000)")
     add(

@@ -41,16 +41,15 @@ NAMES = {  # as the table calls them; of some there is an old and a new one
 }
 ON_SOCKETS = ["accept", "recv", "send"]
 ROWS = ON_SOCKETS + ["epoll_wait", "epoll_ctl", "futex", "clone", "close"]
-ROWS += ["setsockopt", "ioctl"]
+ROWS += ["ioctl"]
 NOTES = """\
 1  accept, then recv and send until that client leaves. Each call may wait.
 2  The same calls, and a clone for each client, which is a thread; others: its
-   memory, signals and alarm. futex: threads take turns in the interpreter.
+   memory and signals. futex: threads take turns in the interpreter.
 3  accept and recv without end, nearly all for EAGAIN: it never waits.
 4  epoll_wait tells who is ready, and no recv is in vain. One epoll_ctl for
-   each client, when it comes: to close it takes it out of the queue. One more
-   for the listener, at each look for the silent.
-setsockopt: the deadline of a call that waits. ioctl: non-blocking from now on.
+   each client, when it comes: to close it takes it out of the queue.
+ioctl: non-blocking from now on.
 
 1 gets its clients one after the other, the rest get them all at once. For 3
 the count depends on time: so the conversation is short, and strace, which
@@ -173,8 +172,7 @@ def table(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     parser.parse_args()
     check_strace()
     results = {}

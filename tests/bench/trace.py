@@ -46,10 +46,8 @@ from lanes import MARGIN, drawing, legend, picture
 RECORDER = Path(__file__).with_name("recorder.py")
 LEAST = 0.0005  # of the time; what is less is not worth a word
 QUIET = 0.6  # seconds that the quiet client stays
-# Seconds until a server is told to end: a signal may be lost on a thread that
-# is just about to go to sleep in a call.
-SETTLE = 0.05
-CALLS = ["accept", "recv", "send", "queue", "sleep", "lock"]
+SETTLE = 0.05  # seconds until a server is told to end
+CALLS = ["accept", "recv", "send", "queue", "sleep", "lock", "join"]
 STATES = CALLS + ["poll", "running"]  # what a thread can be in
 
 # What a thread was in: one of STATES; when, in seconds from the scene's start;
@@ -64,7 +62,9 @@ here = contextvars.ContextVar("here", default=None)  # whose task this is
 class Thinking(Crowd):
     """The clients of `make demo`: all talk at once, and think in between."""
 
-    title = "each asks {requests} times, and thinks for {think:g} s in between"
+    title = (
+        "each asks {requests} times, and thinks {think:g} s before the next"
+    )
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -115,6 +115,7 @@ class Quiet(Pinging):
         writer.write(encode("PING")[:-4])
         visitor.asked = None  # it is the server that waits
         await asyncio.sleep(QUIET)
+        visitor.silent = visitor.begin, time.monotonic()
 
 
 class Blocking(Pinging):
@@ -138,13 +139,15 @@ class Trace:
         self.crowd = crowd
         self.start = crowd.start
         self.elapsed = crowd.elapsed
+        for visitor in crowd.visitors:  # one who is not served has no end
+            visitor.end = visitor.end or crowd.start + crowd.elapsed
         self.untraced = untraced  # the Crowd that nobody recorded
         lanes = [Lane(lane, self) for lane in record["lanes"]]
         # A thread that ended before the scene, or began after it, is not seen.
         self.lanes = [lane for lane in lanes if lane.begin < lane.end]
         self.lanes.sort(key=lambda lane: (not lane.main, lane.begin))
         for number, lane in enumerate(self.lanes, 1):
-            lane.label = "main" if lane.main else f"thread {number}"
+            lane.label = "main" if lane.main else lane.kind(number)
 
     def shares(self):
         """Return {state: its part of the threads' time}, from 0 to 1.
@@ -226,6 +229,13 @@ class Lane:
             spans.append(Span("running", now, self.end, None, {}, False))
         return spans
 
+    def kind(self, number):
+        """Return a short name for a thread that is not the main one."""
+        name = self.name()
+        if name.startswith("serves client"):
+            return name.replace("serves", "of")
+        return "loop" if name == "event loop" else f"thread {number}"
+
     def name(self):
         """Return what the thread is for, as it shows in its calls."""
         states = {call.state for call in self.calls}
@@ -235,7 +245,7 @@ class Lane:
         if "poll" in states:
             return "polls everybody in turn"
         if self.is_beside():
-            return "waits for another thread"
+            return "waits for another thread's end"
         if len(clients) == 1 and "accept" not in states:
             return f"serves client {min(clients)}"
         if clients:
@@ -244,7 +254,8 @@ class Lane:
 
     def is_beside(self):
         """Return whether the thread only waits for another one."""
-        return {call.state for call in self.calls} == {"lock"}
+        states = {call.state for call in self.calls}
+        return "join" in states and states <= {"join", "lock"}
 
 
 def play(script, scene, options, record=None):
@@ -260,10 +271,10 @@ def play(script, scene, options, record=None):
         try:
             crowd.run()
         except (Failed, OSError) as error:
-            raise Failed(f"{script}: {error}") from None
+            crowd.mistakes.insert(0, str(error))
         time.sleep(SETTLE)
-    if crowd.mistakes:
-        raise Failed(f"{script}: {crowd.mistakes[0]}")
+    if server.problem:
+        crowd.mistakes.insert(0, server.problem)
     return crowd
 
 
@@ -303,11 +314,12 @@ def figures(trace):
     shown = [
         state
         for state in STATES
-        if shares[state] >= LEAST or (calls[state] and state != "lock")
+        if shares[state] >= LEAST
+        or (calls[state] and state not in ("lock", "join"))
     ]
     rows = {
         "": shown,
-        "time": [f"{shares[state]:.1%}" for state in shown],
+        "% of time": [f"{shares[state]:.1%}" for state in shown],
         "calls": [f"{calls[state]:,}" for state in shown],
         "in vain": [f"{vain[state]:,}" for state in shown],
     }
@@ -319,7 +331,9 @@ def figures(trace):
         row = "".join(text.rjust(9) for text in texts)
         lines.append(f"{name:{MARGIN}}{row}".rstrip())
     if any(lane.is_beside() for lane in trace.lanes):
-        lines.append("(not counted: the thread that only waits for another)")
+        lines.append(
+            "(without the main thread, which waits for the loop's end)"
+        )
     return lines
 
 
@@ -399,11 +413,7 @@ def events(traces):
 
 def command_line():
     """Return the options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
     add = parser.add_argument
     add(
         "--server",
@@ -436,7 +446,13 @@ def main():
     scale = max(trace.elapsed for trace in traces)
     title = SCENES[options.scene].title.format(**vars(options))
     title = f"{options.connections} clients: {title}"
-    print(title, machine(), "", *legend(), sep="\n")
+    print(title, machine(), "", *legend(traces), sep="\n")
+    print(
+        "% of time: of all threads of a server, from first connect to last end"
+    )
+    if options.scene == "thinking":
+        pauses = options.requests - 1
+        print(f"{options.requests} requests have {pauses} pauses between them")
     for each in traces:
         print("", *drawing(each, scale), *figures(each), sep="\n")
     print("", *cost(traces), sep="\n")
@@ -446,6 +462,9 @@ def main():
     if options.json:
         write(options.json, [json.dumps(events(traces)) + "\n"])
         print(f"\nPerfetto and the like open {options.json}.")
+    for each in traces:
+        if each.crowd.mistakes:
+            raise Failed(f"{each.script}: {each.crowd.mistakes[0]}")
 
 
 if __name__ == "__main__":
