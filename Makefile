@@ -3,6 +3,7 @@
 # The clients of all demos:  make demo CONNECTIONS=16 THINK=0.1
 
 PYTHON = python3
+SERVER = $(SINGLE).py $(MULTI).py $(BUSY).py $(KQUEUE).py
 CONNECTIONS = 8
 REQUESTS = 4
 THINK = 0.05
@@ -15,7 +16,12 @@ BUSY = 3_busy_wait
 KQUEUE = 4_kqueue_loop
 CLIENTS = --connections $(CONNECTIONS) --requests $(REQUESTS) \
 	--think $(THINK) --timeout $(TIMEOUT)
-DEMO = $(PYTHON) client.py $(CLIENTS)
+# Empty, these two are as good as not set: the tools import their neighbours,
+# and end when they are done.
+RUN = PYTHONSAFEPATH= PYTHONINSPECT= "$(PYTHON)"
+DEMO = $(RUN) client.py $(CLIENTS)
+EACH = set --; for server in $(SERVER); do \
+	  set -- "$$@" --server "$$server"; done
 TRANSCRIPTS = build/$(SINGLE).txt build/$(MULTI).txt build/$(BUSY).txt \
 	build/$(KQUEUE).txt
 
@@ -38,35 +44,35 @@ help:
 	@echo 'make test-all     those that take longer, too (some minutes)'
 	@echo 'make clean        remove all that was made (build/)'
 	@echo
+	@echo 'SERVER= runs your own:  make demo SERVER=mine.py (also trace, compare)'
 	@echo 'SCENE= chooses what is traced:  make trace SCENE=blocking (or quiet)'
 	@echo 'PYTHON= chooses the interpreter:  make demo PYTHON=pypy3'
 	@echo 'More clients that think for longer, and wait for longer than 30 s:'
 	@echo '  make demo-kqueue CONNECTIONS=1000 REQUESTS=4 THINK=0.5 TIMEOUT=60'
 
 demo:
-	@$(DEMO) --server $(SINGLE).py --server $(MULTI).py \
-	  --server $(BUSY).py --server $(KQUEUE).py
+	@$(EACH); $(DEMO) "$$@"
 
 compare:
-	@$(PYTHON) tests/bench/compare.py
+	@$(EACH); $(RUN) tests/bench/compare.py "$$@"
 
 trace:
-	@$(PYTHON) tests/bench/trace.py $(CLIENTS) --scene $(SCENE)
+	@$(EACH); $(RUN) tests/bench/trace.py $(CLIENTS) --scene $(SCENE) "$$@"
 
 scale:
-	@$(PYTHON) tests/bench/scale.py
+	@$(RUN) tests/bench/scale.py
 
 bench:
-	@$(PYTHON) tests/bench/bench.py
+	@$(RUN) tests/bench/bench.py
 
 syscalls:
-	@$(PYTHON) tests/bench/syscalls.py
+	@$(RUN) tests/bench/syscalls.py
 
 pictures:
-	@$(PYTHON) tests/bench/pictures.py $(CLIENTS) --svg build/demo.svg
-	@$(PYTHON) tests/bench/trace.py $(CLIENTS) --svg build/trace.svg >/dev/null
+	@$(RUN) tests/bench/pictures.py $(CLIENTS) --svg build/demo.svg
+	@$(RUN) tests/bench/trace.py $(CLIENTS) --svg build/trace.svg >/dev/null
 	@echo 'Where each server waits is drawn in build/trace.svg.'
-	@$(PYTHON) tests/bench/scale.py --svg build/scale.svg
+	@$(RUN) tests/bench/scale.py --svg build/scale.svg
 
 demo-single:
 	@$(DEMO) --server $(SINGLE).py
@@ -83,16 +89,16 @@ demo-kqueue:
 # A transcript is made anew when the server or the client has changed. It is
 # always that of the same clients, else it would differ for no good reason.
 build/$(SINGLE).txt: $(SINGLE).py client.py
-	@$(PYTHON) client.py --server $(SINGLE).py --transcript $@
+	@$(RUN) client.py --server $(SINGLE).py --transcript $@
 
 build/$(MULTI).txt: $(MULTI).py client.py
-	@$(PYTHON) client.py --server $(MULTI).py --transcript $@
+	@$(RUN) client.py --server $(MULTI).py --transcript $@
 
 build/$(BUSY).txt: $(BUSY).py client.py
-	@$(PYTHON) client.py --server $(BUSY).py --transcript $@
+	@$(RUN) client.py --server $(BUSY).py --transcript $@
 
 build/$(KQUEUE).txt: $(KQUEUE).py client.py
-	@$(PYTHON) client.py --server $(KQUEUE).py --transcript $@
+	@$(RUN) client.py --server $(KQUEUE).py --transcript $@
 
 diff: $(TRANSCRIPTS)
 	diff build/$(SINGLE).txt build/$(MULTI).txt
@@ -102,24 +108,41 @@ diff: $(TRANSCRIPTS)
 	@echo 'Compared are the replies to SET and GET. What INCR replies depends on'
 	@echo 'whose turn it is, so of these only that each number came once.'
 
-# A virtual environment for each interpreter, made when it is first needed. The
+# pytest goes into a virtual environment of its own, one for each interpreter.
+# What settings of pip, pytest and Python there are elsewhere is kept out. The
 # tests mostly wait: half of them run beside the others, and are shown at the end.
 VERSION = import platform as p; print(p.python_implementation(), p.python_version(), sep="-")
-HALF = tests/test_faults.py tests/test_patterns.py
+HALF = tests/test_faults.py tests/test_patterns.py tests/test_make.py
+FOREIGN = PYTHONHOME PYTHONPATH PYTHONOPTIMIZE PYTHONWARNINGS PYTHONINSPECT \
+	PYTHONSAFEPATH PYTHONSTARTUP PYTHONPROFILEIMPORTTIME PYTHONVERBOSE \
+	PYTHONDEVMODE PYTHONDEBUG PYTHONASYNCIODEBUG PYTHONTRACEMALLOC \
+	PYTHONMALLOC PYTHONMALLOCSTATS PYTHONDUMPREFS PYTHONIOENCODING \
+	PYTHONUTF8 PYTHONLEGACYWINDOWSSTDIO PYTHONINTMAXSTRDIGITS \
+	PYTHONPYCACHEPREFIX PYTHONPLATLIBDIR PYTHONEXECUTABLE PYTHONBREAKPOINT \
+	PYTHON_PRESITE PYTHON_COLORS FORCE_COLOR PYTEST_ADDOPTS PYTEST_PLUGINS \
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD PY_COLORS MAKEFLAGS MFLAGS MAKELEVEL \
+	COLUMNS LINES CDPATH
+PIP = PIP_USER=0 PIP_TARGET= PIP_PREFIX= PIP_ROOT= PIP_REQUIRE_VIRTUALENV=0 \
+	PIP_CONSTRAINT= PIP_REQUIREMENT= PIP_DRY_RUN=0 PIP_NO_DEPS=0
+PYTEST = -m pytest -q -rfEs -p no:cacheprovider -c /dev/null --rootdir=. \
+	--confcutdir=tests
 
 test test-all:
-	@venv=build/venv-`$(PYTHON) -c '$(VERSION)'`; \
-	if test ! -f $$venv/ready; then \
-	  $(PYTHON) -m venv $$venv && \
-	  $$venv/bin/python -m pip install -q --disable-pip-version-check pytest && \
-	  touch $$venv/ready || exit 1; \
+	@unset $(FOREIGN); \
+	venv=build/venv-`"$(PYTHON)" -c '$(VERSION)'`; \
+	if ! "$$venv/bin/python" -c 'import pytest' 2>/dev/null; then \
+	  rm -rf "$$venv"; \
+	  "$(PYTHON)" -m venv "$$venv" && $(PIP) "$$venv/bin/python" -m pip \
+	    install -q --disable-pip-version-check pytest && \
+	  "$$venv/bin/python" -c 'import pytest' || { \
+	    echo 'make: pytest could not be installed into build/' >&2; exit 1; }; \
 	fi; \
 	PYTHONDONTWRITEBYTECODE=1; export PYTHONDONTWRITEBYTECODE; \
-	run="$$venv/bin/python -m pytest -q -rfEs -p no:cacheprovider"; \
-	test $@ = test || run="env SLOW=1 $$run"; \
-	$$run $(HALF) >build/$@.txt 2>&1 & half=$$!; \
-	trap "kill $$half" INT TERM; \
-	$$run --ignore-glob='*faults.py' --ignore-glob='*patterns.py' tests; \
+	unset SLOW; test $@ = test || { SLOW=1; export SLOW; }; \
+	"$$venv/bin/python" $(PYTEST) $(HALF) >build/$@.txt 2>&1 & half=$$!; \
+	trap "kill $$half; exit 1" INT TERM HUP; \
+	"$$venv/bin/python" $(PYTEST) --ignore-glob='*faults.py' \
+	  --ignore-glob='*patterns.py' --ignore-glob='*make.py' tests; \
 	others=$$?; wait $$half; half=$$?; cat build/$@.txt; \
 	test $$half = 0 && test $$others = 0
 

@@ -1,12 +1,29 @@
-"""The Makefile's targets, in a fresh copy, under GNU make and BSD make."""
+"""The Makefile, under GNU make and BSD make, in anybody's surroundings."""
 
+import os
 import shutil
+import subprocess
 import sys
 
 import pytest
-from conftest import HERE, SCRIPTS, needs, run, together
+from conftest import HERE, LIMIT, SCRIPTS, needs, run, together
 
-PYTHON = f"PYTHON={sys.executable}"
+PROJECT = HERE.parent
+TOP = {*SCRIPTS.values(), "client.py", "Makefile", "README.md", "tests"}
+ONE = "SERVER=4_kqueue_loop.py", "CONNECTIONS=2", "REQUESTS=1", "THINK=0"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the project, and a Python, in folders with odd names."""
+    folder = tmp_path_factory.mktemp("a fresh") / "it's a $copy, \u00e4h"
+    ignored = shutil.ignore_patterns("build", "__pycache__", ".git")
+    shutil.copytree(PROJECT, folder, ignore=ignored)
+    (folder / "5_mine.py").write_text("raise SystemExit('not this one')")
+    python = folder.parent / "a python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return folder
 
 
 @pytest.fixture(params=["make", "bmake"])
@@ -15,28 +32,23 @@ def make(request, copy, monkeypatch):
     needs(request.param)
     for name in "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES":
         monkeypatch.delenv(name, raising=False)  # those of `make test`
-    return lambda *words: run(request.param, *words, PYTHON, cwd=copy)
+    python = f"PYTHON={copy.parent / 'a python'}"
 
+    def make(*words, **env):
+        return run(request.param, *words, python, cwd=copy, **env)
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """A copy of the project, in a folder with a space in its name."""
-    folder = tmp_path_factory.mktemp("a fresh") / "a copy"
-    ignored = shutil.ignore_patterns("build", "__pycache__", ".*")
-    shutil.copytree(HERE.parent, folder, ignore=ignored)
-    return folder
+    return make
 
 
 TOOLS = "compare", "scale", "bench", "syscalls"
-FOUR = *SCRIPTS.values(), "--timeout 30"
 FIRST, *OTHERS = [script[:-3] for script in SCRIPTS.values()]
 RUNS = {  # what make -n has to say of each
-    "demo": [*FOUR, "client.py --connections 8 --requests 4 --think 0.05"],
-    "trace": ["tests/bench/trace.py", "--scene thinking", *FOUR[4:]],
+    "demo": [*SCRIPTS.values(), "client.py --connections 8 --requests 4"],
+    "trace": ["tests/bench/trace.py", "--scene thinking", *SCRIPTS.values()],
     "diff": [f"diff build/{FIRST}.txt build/{name}.txt" for name in OTHERS],
     "pictures": [f"build/{name}.svg" for name in ("demo", "trace", "scale")],
-    "test": ["test test = test ||", "env SLOW=1", "tests/test_faults.py"],
-    "test-all": ["test test-all = test ||", f"{sys.executable} -m venv"],
+    "test": ["test test = test ||", "tests/test_faults.py", "-m venv"],
+    "test-all": ["test test-all = test ||", "SLOW=1", "unset", "PIP_USER=0"],
     **{name: [f"tests/bench/{name}.py"] for name in TOOLS},
     **{f"demo-{name}": [f"--server {SCRIPTS[name]}"] for name in SCRIPTS},
     "clean": ["rm -rf build"],
@@ -55,11 +67,14 @@ def test_help(make):
 
 
 def test_demo(make):
-    """`make demo` runs all four, with as many clients as one wants."""
+    """All four by default, one's own with SERVER=, as many clients as wanted."""
     options = "CONNECTIONS=3", "REQUESTS=2", "THINK=0.01", "TIMEOUT=60"
     status, output, err = make("demo", *options)
     assert status == 0 and "All 4 transcripts are the same" in output, err
     assert output.startswith("3 clients, 2 requests each, 0.01 s apart")
+    status, output, err = make("demo", "SERVER=5_mine.py")
+    assert status and "5_mine.py did not start" in err
+    assert make("trace", *ONE)[1].count("4_kqueue_loop.py: ") == 1
 
 
 @pytest.mark.parametrize("make", ["make"], indirect=True)
@@ -74,3 +89,97 @@ def test_diff_and_clean(make, copy):
     assert status != 0 and "one line more" in output, output
     assert make("clean")[0] == 0
     assert not (copy / "build").exists()
+
+
+SETTINGS = """PYTHONOPTIMIZE=2 PYTHONWARNINGS=error PYTHONDEVMODE=1
+PYTHONSAFEPATH=1 PYTHONINSPECT=1 PYTHONIOENCODING=ascii PYTHONUTF8=0
+PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONNOUSERSITE=1
+PYTHONHASHSEED=0 PYTHONASYNCIODEBUG=1 PYTHONTRACEMALLOC=5 PYTHONMALLOC=debug
+PYTHONFAULTHANDLER=1 PYTHONBREAKPOINT=0 PYTHONINTMAXSTRDIGITS=640
+PYTHONCOERCECLOCALE=0 PYTHONNODEBUGRANGES=1 PYTHON_COLORS=1 FORCE_COLOR=1
+PYTHONSTARTUP=/none PYTHONPATH=/none LC_ALL=C LANG=C TERM=dumb COLUMNS=20
+LINES=2 NO_COLOR=1 LOGNAME=somebody-with-a-long-name CDPATH=/tmp"""
+
+
+@pytest.mark.parametrize("make", ["make"], indirect=True)
+@pytest.mark.parametrize("target", ["demo", "trace"])
+def test_settings(make, target):
+    """No setting of Python, of the terminal or of a person keeps it from it."""
+    settings = [word.partition("=")[::2] for word in SETTINGS.split()]
+    results = together(lambda s: make(target, *ONE, **dict([s])), *settings)
+    for setting, (status, output, err) in zip(settings, results):
+        assert status == 0 and "4_kqueue_loop.py" in output, (setting, err)
+        assert "\x1b" not in output and "Traceback" not in err, setting
+
+
+FAKE = """#!/bin/sh
+# Says what it is asked, and knows pytest when it has installed it.
+case "$*" in
+*platform*) echo fake-1.0 ;;
+"-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+*"import pytest"*) test -f build/there ;;
+*"pip install"*) env | grep ^PIP_USER; test -n "$FAILS" || : >build/there ;;
+*) echo "asked: $* in ${PYTEST_ADDOPTS-nothing}, ${PYTHONOPTIMIZE-nothing}" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("make", ["make"], indirect=True)
+def test_settings_of_pip_and_pytest(make, copy):
+    """They are kept out; an install that failed is tried again."""
+    fake = copy / "a fake"
+    fake.write_text(FAKE)
+    fake.chmod(0o755)
+    foreign = {"PYTEST_ADDOPTS": "--cov", "PYTHONOPTIMIZE": "2"}
+    foreign["PIP_USER"] = "1"
+    test = "test", "PYTHON=./a fake"
+
+    def run_make(**more):
+        words = ["make", *test]
+        env = {**os.environ, **foreign, **more}
+        done = subprocess.run(words, cwd=copy, env=env, timeout=LIMIT,
+                              capture_output=True, text=True)  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    status, output, err = run_make(FAILS="1")
+    assert status and "could not be installed" in err and "asked" not in output
+    status, output, err = run_make()
+    assert status == 0 and "PIP_USER=0" in output, err
+    asked = [line for line in output.splitlines() if line[:5] == "asked"]
+    assert len(asked) == 2
+    for line in asked:
+        assert line.endswith("in nothing, nothing")
+        assert "-c /dev/null --rootdir=. --confcutdir=tests" in line
+
+
+def git(*words):
+    needs("git")
+    return run("git", *words, cwd=PROJECT)
+
+
+def test_what_stands_at_the_top():
+    """What git knows there: servers, client, Makefile, README, tests."""
+    assert all((PROJECT / name).exists() for name in TOP)
+    status, output, _ = git("ls-files")
+    if status or not output:
+        pytest.skip("this is no checkout")
+    known = {path.partition("/")[0] for path in output.splitlines()}
+    assert {name for name in known if name[0] != "."} == TOP
+    assert "build/\n" in (PROJECT / ".gitignore").read_text()
+
+
+def test_line_ends(tmp_path):
+    """A clone has LF where the setting of git is CR LF."""
+    needs("git")
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    for name in ".gitattributes", "Makefile", "client.py":
+        shutil.copy(PROJECT / name, folder)
+    setting = ["-c", "core.autocrlf=true", "-c", "user.name=a"]
+    setting += ["-c", "user.email=a@b"]
+    for words in ["init", "-q"], ["add", "."], ["commit", "-qm", "a"]:
+        assert run("git", *setting, *words, cwd=folder)[0] == 0
+    clone = tmp_path / "clone"
+    assert run("git", *setting, "clone", "-q", folder, clone)[0] == 0
+    for name in "Makefile", "client.py":
+        assert b"\r\n" not in (clone / name).read_bytes()
