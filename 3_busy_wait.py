@@ -94,14 +94,13 @@ class Client:
     @property
     def wants(self):
         """What this client waits for: room to write, or something to read."""
-        # Backpressure: who does not take the replies is not read from. So the
-        # next requests wait in the kernel, and then at the client's own end.
+        # Backpressure: who does not take replies is not read from, and waits.
         if self.outgoing:
             return WRITE
         return CLOSE if self.session.finished else READ
 
     def step(self):
-        """Read and answer, or go on sending. Raises OSError if it fails."""
+        """Read and answer, or go on sending. BlockingIOError: not now."""
         if not self.outgoing:
             self.session.receive(self.connection.recv(CHUNK))
             self.outgoing = self.session.answer()

@@ -20,7 +20,6 @@ Watch:     A thousand clients, two threads, and no CPU while they are silent.
 """
 
 import argparse
-import collections
 import io
 import re
 import resource
@@ -102,8 +101,7 @@ class EventLoop:
             return  # this client has gone before it was accepted
         except OSError as error:  # for example, no descriptor is free
             print(f"cannot accept: {error}", file=sys.stderr)
-            # The queue is level-triggered: it reports what is ready again and
-            # again. So it is not to watch the listener for a while.
+            # Level-triggered, the queue would report it again and again.
             self.watch(self.listener, READ, KQ_EV_DELETE)
             self.pause_ends = time.monotonic() + PAUSE
             return
@@ -140,14 +138,13 @@ class Client:
     @property
     def wants(self):
         """What this client waits for: room to write, or something to read."""
-        # Backpressure: who does not take the replies is not read from. So the
-        # next requests wait in the kernel, and then at the client's own end.
+        # Backpressure: who does not take replies is not read from, and waits.
         if self.outgoing:
             return WRITE
         return CLOSE if self.session.finished else READ
 
     def step(self):
-        """Read and answer, or go on sending. Raises OSError if it fails."""
+        """Read and answer, or go on sending. BlockingIOError: not now."""
         if not self.outgoing:
             self.session.receive(self.connection.recv(CHUNK))
             self.outgoing = self.session.answer()
@@ -158,8 +155,7 @@ class Client:
 
 
 # ---- kqueue on Linux --------------------------------------------------------
-# This is as much of it as the loop uses, on top of epoll. epoll knows a
-# descriptor once, with a mask; kqueue knows it once for each filter.
+# epoll does the same job: it knows a descriptor once, kqueue once per filter.
 
 try:
     from select import KQ_EV_ADD, KQ_EV_DELETE, KQ_FILTER_READ, KQ_FILTER_WRITE
@@ -173,22 +169,25 @@ except ImportError:
     PATTERN = "event loop on epoll in place of kqueue"
     KQ_FILTER_READ, KQ_FILTER_WRITE = select.EPOLLIN, select.EPOLLOUT
     KQ_EV_ADD, KQ_EV_DELETE = 1, 2
-    kevent = collections.namedtuple("kevent", "ident filter flags")
+
+    class kevent:
+        def __init__(self, ident, filter, flags=KQ_EV_ADD):
+            self.ident, self.filter, self.flags = ident, filter, flags
 
     class kqueue:
         def __init__(self):
             self.epoll = select.epoll()
 
         def control(self, changes, max_events, timeout=None):
-            for ident, filter, flags in changes or []:
-                if flags == KQ_EV_ADD:
-                    self.epoll.register(ident, filter)
+            for change in changes or []:
+                if change.flags == KQ_EV_ADD:
+                    self.epoll.register(change.ident, change.filter)
                 else:
-                    self.epoll.unregister(ident)
+                    self.epoll.unregister(change.ident)
             if max_events == 0:
                 return []
             ready = self.epoll.poll(timeout, max_events)
-            return [kevent(ident, mask, 0) for ident, mask in ready]
+            return [kevent(ident, mask) for ident, mask in ready]
 
 
 # ---- The application: a key-value store that speaks Redis -------------------
