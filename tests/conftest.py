@@ -303,7 +303,7 @@ class Server:
         A signal that comes just before a call sleeps is seen when the call
         returns. Then it takes another one.
         """
-        for patience in 3, 3, PATIENCE:
+        for patience in 10, 10, PATIENCE:
             if self.process.poll() is None:
                 os.kill(self.pid, signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
