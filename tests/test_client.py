@@ -102,8 +102,12 @@ def test_side_by_side(tmp_path):
 def test_all_at_once():
     """All are there together: INFO midway counts a thread for each."""
     options = "--connections", 200, "--think", 0, "--requests", 3
-    status, out, err = run_client("--server", ALL[1], *options)
-    assert status == 0 and re.search("^threads, midway +201$", out, re.M), err
+    for _ in range(3):  # a server may be kept from its core for a while
+        status, out, err = run_client("--server", ALL[1], *options)
+        found = re.search("^threads, midway +([0-9]+)$", out, re.M)[1]
+        if found == "201":
+            break
+    assert (status, found) == (0, "201"), err
 
 
 @pytest.mark.parametrize("count", [300, slowly(10_000)])

@@ -6,6 +6,7 @@ answered: NetBSD's kern_event.c and TCP/IP, run in user space on Linux.
 """
 
 import errno
+import fcntl
 import os
 import select
 import socket
@@ -143,7 +144,7 @@ def test_listener_and_numbers(queue, pair):
     number = server.fileno()
     server.close()
     assert events(queue) == []
-    os.dup2(socks[-1].fileno(), number)
+    assert fcntl.fcntl(socks[-1], fcntl.F_DUPFD, number) == number
     socks[2].send(b"x")
     arrived(socks[2])
     assert events(queue) == []
