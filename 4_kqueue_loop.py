@@ -186,7 +186,8 @@ except ImportError:
                     self.epoll.unregister(change.ident)
             if max_events == 0:
                 return []
-            ready = self.epoll.poll(timeout, max_events)
+            limit = -1 if timeout is None else timeout  # -1: for ever
+            ready = self.epoll.poll(limit, max_events)
             return [kevent(ident, mask) for ident, mask in ready]
 
 

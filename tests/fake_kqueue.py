@@ -20,6 +20,7 @@ import time
 READ, WRITE = -1, -2
 ADD, DELETE, ERROR, EOF = 0x1, 0x2, 0x4000, 0x8000
 epoll = getattr(select, "epoll", None)
+RDHUP = getattr(select, "EPOLLRDHUP", 0x2000)  # PyPy does not name it
 
 # What select.kevent is.
 fields = "ident filter flags fflags data"
@@ -69,7 +70,7 @@ class kqueue:
             return errno.EINVAL
         there = self.files.get(key) == file
         if change.flags == ADD and not there:  # again is no error
-            mask = {READ: select.EPOLLIN | select.EPOLLRDHUP}
+            mask = {READ: select.EPOLLIN | RDHUP}
             mask = mask.get(change.filter, select.EPOLLOUT)
             self.epolls[change.filter].register(change.ident, mask)
             self.files[key] = file
@@ -102,7 +103,7 @@ class kqueue:
 def event_of(ident, filter, mask):
     """Return the event of a filter, from what epoll says of its descriptor."""
     ends = select.EPOLLHUP | select.EPOLLERR
-    ends |= select.EPOLLRDHUP if filter == READ else 0
+    ends |= RDHUP if filter == READ else 0
     flags = ADD | (EOF if mask & ends else 0)
     fflags = errno.ECONNRESET if mask & select.EPOLLERR else 0
     sock = socket.socket(fileno=ident)

@@ -398,7 +398,8 @@ NONSENSE = """--port 70000, --port -1, --port x1, --port 99999999999999999999,
 
 def test_nonsense_on_the_command_line():
     """A nonsense host, port or option, a taken port: one line names it."""
-    cases = [tuple(case.split()) for case in NONSENSE.split(",")]
+    text = NONSENSE.encode(sys.getfilesystemencoding(), "replace")
+    cases = [tuple(case.split()) for case in os.fsdecode(text).split(",")]
     cases += [("--host", "n" * 300)]
     with socket.create_server(("127.0.0.1", 0)) as sock:
         cases += [("--port", str(sock.getsockname()[1]))] * 4

@@ -16,7 +16,9 @@ ONE = "SERVER=4_kqueue_loop.py", "CONNECTIONS=2", "REQUESTS=1", "THINK=0"
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """A copy of the project, and a Python, in folders with odd names."""
-    folder = tmp_path_factory.mktemp("a fresh") / "it's a $copy, \u00e4h"
+    name = "it's a $copy, \u00e4h"
+    name = name.encode(sys.getfilesystemencoding(), "ignore")
+    folder = tmp_path_factory.mktemp("a fresh") / os.fsdecode(name)
     ignored = shutil.ignore_patterns("build", "__pycache__", ".git")
     shutil.copytree(PROJECT, folder, ignore=ignored)
     (folder / "5_mine.py").write_text("raise SystemExit('not this one')")
