@@ -178,7 +178,7 @@ except ImportError:
         def __init__(self):
             self.epoll = select.epoll()
 
-        def control(self, changes, max_events, timeout=None):
+        def control(self, changes, max_events, limit=None):
             for change in changes or []:
                 if change.flags == KQ_EV_ADD:
                     self.epoll.register(change.ident, change.filter)
@@ -186,8 +186,7 @@ except ImportError:
                     self.epoll.unregister(change.ident)
             if max_events == 0:
                 return []
-            limit = -1 if timeout is None else timeout  # -1: for ever
-            ready = self.epoll.poll(limit, max_events)
+            ready = self.epoll.poll(-1 if limit is None else limit, max_events)
             return [kevent(ident, mask) for ident, mask in ready]
 
 
