@@ -167,6 +167,7 @@ def test_live(fake, lines, grows):
     size = struct.pack("HHHH", lines, 80, 0, 0)
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
     env = {**os.environ, "PYTHONIOENCODING": "utf-8", "LINES": "0"}
+    env["TERM"] = "xterm"
     command = [*CLIENT, "--port", str(fake()), "--think", "0.15"]
     with subprocess.Popen(command, stdout=theirs, env=env) as process:
         os.close(theirs)
