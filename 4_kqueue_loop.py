@@ -313,6 +313,7 @@ def number(line, sign, limit):
 
 
 def check_end(line):
+    """Raise EOFError if a line has no end yet, ValueError if it is too long."""
     if not line.endswith(b"\n"):
         raise EOFError if len(line) < MAX_LINE else ValueError("too long")
 
@@ -334,7 +335,7 @@ def info(statistics):
 
 
 def main():
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # short errors
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=6380, help="0: a free one")
     options = parser.parse_args()

@@ -32,11 +32,26 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("pictures")
 
 
+def lecture(folder, script, *words):
+    """Run a script of the lecture; return what it says."""
+    status, out, err = run(sys.executable, HERE / f"bench/{script}.py", *words)
+    assert (status, err) == (0, ""), err
+    return out
+
+
 @pytest.fixture(scope="module")
 def tools(folder):
     """All tools, run at the same time: they spend most of it waiting."""
-    ended = together(lambda tool: run_tool(folder, tool), *OPTIONS)
-    return dict(zip(OPTIONS, ended))
+    server, own = SERVERS_DIR / SCRIPTS["kqueue"], folder / "never_waits.py"
+    text = server.read_text(encoding="utf-8")
+    own.write_text(text.replace("wants != watched and", "False and"))
+    jobs = {tool: (run_tool, tool) for tool in OPTIONS}
+    jobs["right"], jobs["wrong"] = (
+        (lecture, "late", script) for script in (server, own)
+    )
+    jobs["cost"] = lecture, "measure", server, 20
+    ended = together(lambda job: job[0](folder, *job[1:]), *jobs.values())
+    return dict(zip(jobs, ended))
 
 
 def test_compare(tools):
@@ -108,25 +123,12 @@ def test_syscalls(tools):
     assert in_vain[2] > 0 and in_vain[0] == in_vain[1] == in_vain[3] == 0
 
 
-def test_scripts_of_the_lecture(folder):
+def test_scripts_of_the_lecture(tools):
     """measure.py says what a PING costs; late.py finds who never waits."""
-    server, own = SERVERS_DIR / SCRIPTS["kqueue"], folder / "never_waits.py"
-    text = server.read_text(encoding="utf-8")
-    own.write_text(text.replace("wants != watched and", "False and"))
-
-    def late(script):
-        return run(sys.executable, HERE / "bench/late.py", script)[1]
-
-    def measure(script):
-        tool = HERE / "bench/measure.py"
-        return run(sys.executable, tool, script, 20)[1]
-
-    jobs = (late, server), (late, own), (measure, server)
-    right, wrong, cost = together(lambda job: job[0](job[1]), *jobs)
-    missing = "bytes of the replies are missing"
-    assert right == f"0 {missing}\n"
-    assert re.fullmatch(rf"[1-9]\d+ {missing}\n", wrong)
-    lines = [re.sub(r"[\d.]+", "N", line) for line in cost.splitlines()]
+    missing = "bytes of the replies are missing\n"
+    assert tools["right"] == f"0 {missing}"
+    assert re.fullmatch(rf"[1-9]\d+ {missing}", tools["wrong"])
+    lines = re.sub(r"[\d.]+", "N", tools["cost"]).splitlines()
     assert lines == [
         "idle: N% of a core",
         "a PING takes N us",
