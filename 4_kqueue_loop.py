@@ -313,7 +313,7 @@ def number(line, sign, limit):
 
 
 def check_end(line):
-    """Raise EOFError if a line has no end yet, ValueError if it is too long."""
+    """Raise EOFError if a line has no end yet, ValueError if too long."""
     if not line.endswith(b"\n"):
         raise EOFError if len(line) < MAX_LINE else ValueError("too long")
 
