@@ -83,22 +83,22 @@ class IncomingTCPConnection:
 MAX_REQUEST = 1024 * 1024  # bytes in all words of a request
 MAX_WORDS = 1024  # in a request
 MAX_LINE = 64 * 1024  # bytes
-MAX_REPLIES = 64 * 1024  # bytes, or a bit more; then further requests wait
+MAX_REPLIES = 64 * 1024  # bytes, before the last reply of an answer
 INTEGER = re.compile(rb"0|-?[1-9][0-9]{0,18}")  # int() would also take b"1_0"
 INT64 = range(-(2**63), 2**63)
-SLEEP = re.compile(rb"(?i)debug sleep ([0-9](\.[0-9]+)?|10)")  # seconds
+SECONDS = re.compile(rb"[0-9](\.[0-9]+)?|10")
+
+store = {}  # keys and values, all bytes: one store for all clients
+store_lock = threading.Lock()  # held to change it: pattern 2 has threads
 
 
 class Session:
     """What one client asks, and what it is answered."""
 
-    values = {}  # the store: it belongs to the class, so all clients share it
-    lock = threading.Lock()  # held to change the store: pattern 2 has threads
-
     def __init__(self, statistics):
         self.statistics = statistics  # a dict, for INFO
         self.incoming = b""  # received, and not carried out yet
-        self.version = b"2"  # of the protocol
+        self.version = b"2"  # of RESP
         self.finished = False  # True: the connection is to be closed
 
     def receive(self, data):
@@ -113,15 +113,17 @@ class Session:
         replies, done = bytearray(), 0
         stream = io.BytesIO(self.incoming)  # bytes that are read like a file
         try:
-            while done < len(self.incoming) and len(replies) < MAX_REPLIES:
+            while done < len(self.incoming) and not self.finished:
                 words = read_request(stream)
                 done = stream.tell()
                 replies += self.carry_out(words) if words else b""
+                if len(replies) >= MAX_REPLIES:
+                    break  # the others wait until these replies are sent
         except EOFError:
             pass  # one is incomplete: it is read again when more has come
         except ValueError as error:  # one breaks the protocol, or a limit
             replies += b"-ERR Protocol error: %b\r\n" % str(error).encode()
-            self.incoming, self.finished = b"", True
+            self.finished = True
         self.incoming = self.incoming[done:]
         return bytes(replies)
 
@@ -129,12 +131,12 @@ class Session:
         """Carry out one request, a list of words; return the reply."""
         name, count = words[0].lower(), len(words)
         if name == b"get" and count == 2:
-            if words[1] in self.values:
-                return bulk(self.values[words[1]])
+            if words[1] in store:
+                return bulk(store[words[1]])
             return b"_\r\n" if self.version == b"3" else b"$-1\r\n"  # null
         if name == b"set" and count == 3:
-            with self.lock:
-                self.values[words[1]] = words[2]
+            with store_lock:
+                store[words[1]] = words[2]
             return b"+OK\r\n"
         if (name, count) in [(b"incr", 2), (b"incrby", 3)]:
             return self.increment(*words[1:])
@@ -146,24 +148,25 @@ class Session:
             self.version = words[1] if count == 2 else self.version
             kind = b"%1" if self.version == b"3" else b"*2"  # map, or array
             return b"%b\r\n$5\r\nproto\r\n:%b\r\n" % (kind, self.version)
-        if count == 3 and SLEEP.fullmatch(b" ".join(words)):
-            time.sleep(float(words[2]))  # stands for a handler that blocks
-            return b"+OK\r\n"
+        if name == b"debug" and count == 3 and words[1].lower() == b"sleep":
+            if SECONDS.fullmatch(words[2]):
+                time.sleep(float(words[2]))  # stands for a handler that blocks
+                return b"+OK\r\n"
         if name == b"quit":
-            self.incoming, self.finished = b"", True  # the rest is dropped
+            self.finished = True  # what follows is not looked at
             return b"+OK\r\n"
         return b"-ERR unknown command, or wrong arguments\r\n"
 
     def increment(self, key, amount=b"1"):
-        with self.lock:  # nobody may write between this read and this write
-            old = self.values.get(key, b"0")
+        with store_lock:  # nobody may write between this read and this write
+            old = store.get(key, b"0")
             for text in old, amount:
                 if not INTEGER.fullmatch(text) or int(text) not in INT64:
                     return b"-ERR value is not an integer or out of range\r\n"
             new = int(old) + int(amount)
             if new not in INT64:
                 return b"-ERR increment or decrement would overflow\r\n"
-            self.values[key] = b"%d" % new
+            store[key] = b"%d" % new
         return b":%d\r\n" % new
 
 
@@ -190,9 +193,9 @@ def number(line, sign, limit):
     """Return 3 for the line b"$3\\r\\n", if that is within the limit."""
     digits = line[1:-2] if line.endswith(b"\r\n") else b""
     if line.startswith(sign) and digits.isdigit() and len(digits) < 8:
-        number = int(digits)
-        if number <= limit:
-            return number
+        value = int(digits)  # of a million digits, it would take seconds
+        if value <= limit:
+            return value
     check_end(line)
     raise ValueError(f"expected {sign.decode()} and a number up to {limit}")
 
@@ -209,7 +212,7 @@ def bulk(value):
 
 
 def info(statistics):
-    """Return what serving has cost so far. Redis's clients ask for a role."""
+    """Return what serving has cost so far. Redis's clients want a role."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     facts = dict(statistics, role="master", threads=threading.active_count())
     facts["used_cpu_user"] = f"{usage.ru_utime:.6f}"  # seconds

@@ -35,7 +35,7 @@ def module():
 @pytest.fixture
 def new(module, monkeypatch):
     """Make sessions. They share a new store."""
-    monkeypatch.setattr(module.Session, "values", {})
+    monkeypatch.setattr(module, "store", {})
     return lambda: module.Session({"pattern": "a test"})
 
 
@@ -96,7 +96,7 @@ def test_replies(module, new, case):
     assert answer(new(), request) == (reply, False)
     cuts = [[request[:at], request[at:]] for at in range(1, 200)]
     for pieces in [*cuts, [bytes([byte]) for byte in request]]:
-        module.Session.values.clear()
+        module.store.clear()
         pieces = [piece for piece in pieces if piece]
         assert answer(new(), *pieces) == (reply, False), pieces
 
@@ -129,7 +129,7 @@ def test_quit(new, module):
     session.receive(b"PING\r\nquit\r\nSET a 1\r\n*x\r\n")
     assert session.answer() == PONG + OK and session.finished
     assert session.answer() == session.answer() == b""
-    assert module.Session.values == {}
+    assert module.store == {}
 
 
 def test_hello(new):
@@ -183,7 +183,7 @@ def test_breaches(new, module, breach):
         replies, finished = answer(session, *pieces)
         assert replies.startswith(PONG + OK + BREACH)
         assert replies.count(b"\r\n") == 3 and replies.endswith(b"\r\n")
-        assert finished and module.Session.values == {b"a": b"1"}
+        assert finished and module.store == {b"a": b"1"}
         assert session.answer() == b""  # it is not found again
     # Without the bytes behind it, as well.
     assert answer(new(), breach)[0].startswith(BREACH)
@@ -232,7 +232,7 @@ def test_replies_are_bounded(new, module, size):
     answer(session, array(b"SET", b"a", value))
     session.receive((b"INCR b\r\n" + array(b"GET", b"a")) * count)
     lots = [session.answer()]
-    assert 0 < int(module.Session.values[b"b"]) < count // 2
+    assert 0 < int(module.store[b"b"]) < count // 2
     lots += iter(session.answer, b"")
     assert max(map(len, lots)) <= 64 * KIB + len(bulk(value))
     numbers = (b":%d\r\n" % (number + 1) for number in range(count))
@@ -357,7 +357,7 @@ def test_random_conversations(module, new, real):
     """500 random ones, cut anywhere, are answered as by redis-server 7."""
     rng, all_of_them = random.Random(20240229), b""
     for number in range(500):
-        module.Session.values.clear()
+        module.store.clear()
         data = random_conversation(rng)
         reply = real(data)
         assert answer(new(), *pieces_of(rng, data)) == (reply, False), data
