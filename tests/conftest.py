@@ -1,7 +1,7 @@
 """What the tests share: servers as processes, clients as plain sockets.
 
-The servers stand one folder up, or in the folder that the environment
-variable SERVERS_DIR names. Break a copy there, and see which test finds it.
+SERVERS_DIR in the environment names other servers: break a copy there, and
+see which test finds it.
 """
 
 import contextlib
@@ -48,51 +48,37 @@ slow = pytest.mark.skipif("SLOW" not in os.environ, reason="runs in test-all")
 
 
 def slowly(value):
-    """Return a value for a test that takes long with it."""
     return pytest.param(value, marks=slow)
 
 
 def wait_for(condition, what, patience=PATIENCE):
     """Wait until condition() is true; return what it returned."""
     end = time.monotonic() + patience
-    while True:
-        result = condition()
-        if result:
-            return result
+    while not (result := condition()):
         if time.monotonic() > end:
             pytest.fail(f"waited {patience} seconds in vain: {what}")
         time.sleep(0.005)
+    return result
 
 
 def together(function, *items):
-    """Call function(item) for all items at the same time.
-
-    Returns what they returned. Raises the first error that one has raised.
-    """
+    """Call function(item) for all items at once; return what they return."""
     with ThreadPoolExecutor(len(items)) as pool:
         return list(pool.map(function, items))
 
 
 def run(*command, data=b"", encoding="utf-8", cwd=None, **env):
-    """Run a program to its end; return its status, stdout and stderr.
-
-    It gets `data` on stdin. A traceback is a failure.
-    """
-    ended = subprocess.run(
-        list(map(str, command)),
-        input=data,
-        capture_output=True,
-        timeout=LIMIT,
-        cwd=cwd,
-        env={**os.environ, "PYTHONIOENCODING": encoding, **env},
-    )
+    """Run a program, with `data` on stdin; return status, stdout, stderr."""
+    command = list(map(str, command))
+    env = {**os.environ, "PYTHONIOENCODING": encoding, **env}
+    more = {"capture_output": True, "timeout": LIMIT, "cwd": cwd, "env": env}
+    ended = subprocess.run(command, input=data, **more)
     out, err = ended.stdout.decode(encoding), ended.stderr.decode(encoding)
     assert "Traceback" not in err, err[-2000:]
     return ended.returncode, out, err
 
 
 def needs(program):
-    """Skip the test if a program is not installed."""
     if not shutil.which(program):
         pytest.skip(f"{program} is not installed")
 
@@ -111,28 +97,22 @@ def load(name):
 
 
 def array(*words):
-    """Return a request as an array of bulk strings."""
     return b"*%d\r\n%b" % (len(words), b"".join(map(bulk, words)))
 
 
 def bulk(value):
-    """Return the reply that carries `value`."""
     return b"$%d\r\n%b\r\n" % (len(value), value)
 
 
 def read_exactly(sock, size):
     """Read `size` bytes, or less if the other side closes before."""
     data = bytearray()
-    while len(data) < size:
-        chunk = sock.recv(min(size - len(data), 1 << 20))
-        if not chunk:
-            break
+    while len(data) < size and (chunk := sock.recv(size - len(data))):
         data += chunk
     return bytes(data)
 
 
 def read_to_end(sock):
-    """Read until the other side closes."""
     return b"".join(iter(lambda: sock.recv(1 << 16), b""))
 
 
@@ -143,15 +123,14 @@ def talk(sock, request, reply):
 
 
 def ping(sock):
-    """Check that this connection is alive and served."""
     talk(sock, b"PING\r\n", b"+PONG\r\n")
 
 
-def send_what_fits(sock, data, patience=0.2):
+def send_what_fits(sock, data):
     """Send until there is no room for more; return how much was sent."""
     view, sent = memoryview(data), 0
     with contextlib.suppress(ConnectionError):
-        while sent < len(data) and select.select([], [sock], [], patience)[1]:
+        while sent < len(data) and select.select([], [sock], [], 0.2)[1]:
             sent += sock.send(view[sent:], socket.MSG_DONTWAIT)
     return sent
 
@@ -169,15 +148,10 @@ def is_over(sock):
         return True
 
 
-def bytes_in(sock, queue=termios.FIONREAD):
-    """Return how many bytes wait to be read, or, with TIOCOUTQ, to be sent."""
-    return struct.unpack("i", ioctl(sock, queue, bytes(4)))[0]
-
-
 def arrived(sock):
     """Wait until all that was sent is with the server (Linux can tell)."""
-    if PROC:
-        wait_for(lambda: not bytes_in(sock, termios.TIOCOUTQ), "it arrives")
+    ask = sock, termios.TIOCOUTQ, bytes(4)
+    wait_for(lambda: not PROC or not any(ioctl(*ask)), "it arrives")
 
 
 def reset(sock):
@@ -192,11 +166,23 @@ def reset(sock):
 
 def command(name, *options, prelude=""):
     """Return the command that starts a script, after `prelude` if given."""
-    run = "\nimport runpy, sys; del sys.argv[0]"
-    run += "\nrunpy.run_path(sys.argv[0], run_name='__main__')"
-    before = ["-c", prelude + run] if prelude else []
-    script = SERVERS_DIR / SCRIPTS[name]
-    return [sys.executable, *before, str(script), *map(str, options)]
+    line = [sys.executable, SERVERS_DIR / SCRIPTS[name], *options]
+    if prelude:
+        prelude += "\nimport runpy, sys; del sys.argv[0]"
+        prelude += "\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+        line[1:1] = "-c", prelude
+    return list(map(str, line))
+
+
+def played(log):
+    """Return a prelude for the kqueue that fake_kqueue.py plays."""
+    path = f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+    return path + f"import fake_kqueue; fake_kqueue.install({str(log)!r})\n"
+
+
+def figures(text):
+    """Return the lines "name:value" of a text, as a dict of strings."""
+    return dict(re.findall(r"^(\w+):(.*?)\r?$", text, re.M))
 
 
 class Server:
@@ -204,8 +190,7 @@ class Server:
 
     def __init__(self, name, *options, shell=None, env=(), prelude=""):
         """Start it. `shell` is a script for sh that runs it: "$0" "$@"."""
-        self.name = name
-        self.sockets = []
+        self.name, self.sockets = name, []
         self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         line = command(name, "--port", 0, *options, prelude=prelude)
         self.process = subprocess.Popen(
@@ -221,10 +206,8 @@ class Server:
         self.host, self.port = where[1], int(where[2])
 
     def where(self):
-        found = re.search(r"listening on (\S+):(\d+)\n", self.stdout())
-        if not found and self.process.poll() is not None:
-            pytest.fail(f"{self.name} did not start: {self.stderr()}")
-        return found
+        assert self.process.poll() is None, self.stderr()
+        return re.search(r"listening on (\S+):(\d+)\n", self.stdout())
 
     # The file's position is shared with the process, so pread() it must be.
     def stdout(self):
@@ -234,7 +217,6 @@ class Server:
         return os.pread(self.err.fileno(), 1 << 20, 0).decode()
 
     def connect(self, receive_buffer=None):
-        """Return a new connection."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         sock = socket.socket(family)
         self.sockets.append(sock)
@@ -254,19 +236,16 @@ class Server:
             return read_to_end(sock)
 
     def ping(self):
-        """Check that a new client is served."""
         assert self.ask(b"PING\r\n") == b"+PONG\r\n"
 
     def info(self, sock=None):
         """Return what INFO says, as a dict of strings."""
         if sock is None:
-            with self.connect() as sock:
-                return self.info(sock)
+            return figures(self.ask(b"INFO\r\n").decode())
         sock.sendall(b"INFO\r\n")
         with sock.makefile("rb") as replies:
             size = int(replies.readline()[1:])
-            lines = replies.read(size + 2).decode().split("\r\n")
-        return dict(line.split(":", 1) for line in lines if ":" in line)
+            return figures(replies.read(size + 2).decode())
 
     def proc(self, path):
         return Path(f"/proc/{self.pid}/{path}")
@@ -283,7 +262,6 @@ class Server:
         return tuple(len(os.listdir(self.proc(d))) for d in ("task", "fd"))
 
     def held_at_rest(self):
-        """Return the same with nobody connected."""
         self.ping()  # what it opens once, it has opened now
         if self.name == "multi":
             wait_for(lambda: self.held()[0] == 1, "the thread is gone")
@@ -292,35 +270,33 @@ class Server:
     def nonblocking(self):
         """Return whether it is O_NONBLOCK, for each socket."""
         links = self.proc("fd").iterdir()
-        socks = [s for s in links if os.readlink(s).startswith("socket:")]
-        texts = [self.proc(f"fdinfo/{s.name}").read_text() for s in socks]
-        flags = [re.search(r"flags:\s*([0-7]+)", text)[1] for text in texts]
-        return [bool(int(flag, 8) & os.O_NONBLOCK) for flag in flags]
+        socks = [link.name for link in links if "socket:" in os.readlink(link)]
+        texts = [self.proc(f"fdinfo/{sock}").read_text() for sock in socks]
+        flags = [int(re.search(r"flags:\s*(\d+)", t)[1], 8) for t in texts]
+        return [bool(flag & os.O_NONBLOCK) for flag in flags]
 
     def stop(self):
-        """End it with Ctrl-C: status 0, the tally once, no traceback.
-
-        A signal that comes just before a call sleeps is seen when the call
-        returns. Then it takes another one.
-        """
+        """End it with Ctrl-C: status 0, the tally once, no traceback."""
+        # A signal just before a call that sleeps is seen when it returns.
         for patience in 10, 10, PATIENCE:
-            if self.process.poll() is None:
-                os.kill(self.pid, signal.SIGINT)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(patience)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.send_signal(signal.SIGINT)  # unless it has ended
+                self.process.wait(patience)
         assert "Traceback" not in self.stderr(), self.stderr()
         assert self.process.returncode == 0, self.stderr()
         assert self.stdout().count("pattern:") == 1
         return self
 
     def tally(self):
-        """Return what it has printed at Ctrl-C, as a dict of strings."""
-        lines = self.stdout().splitlines()[1:]
-        return dict(line.split(":", 1) for line in lines)
+        """Return what it has printed at Ctrl-C, as info() does."""
+        return figures(self.stdout())
 
-    def kill(self):
+    def leave(self):
         for sock in self.sockets:
             sock.close()
+
+    def kill(self):
+        self.leave()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -341,30 +317,27 @@ def frozen(server):
 
 @pytest.fixture(params=SCRIPTS)
 def name(request):
-    """Each of the four in turn."""
     return request.param
 
 
 @pytest.fixture
 def start():
     """Start a server by name, with options. In the end all are killed."""
-    servers = []
+    with contextlib.ExitStack() as stack:
 
-    def start(*args, **more):
-        servers.append(Server(*args, **more))
-        return servers[-1]
+        def start(*args, **more):
+            server = Server(*args, **more)
+            stack.callback(server.kill)
+            return server
 
-    yield start
-    for server in servers:
-        server.kill()
+        yield start
 
 
 @pytest.fixture
 def server(name, start):
-    """A server of one's own; if it runs at the end, Ctrl-C must end it."""
+    """Each of the four; if it runs at the end, Ctrl-C must end it."""
     server = start(name)
     yield server
-    for sock in server.sockets:
-        sock.close()
+    server.leave()
     if server.process.poll() is None:
         server.stop()

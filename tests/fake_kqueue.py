@@ -1,9 +1,8 @@
 """kqueue(2) where there is none: for sockets, played on Linux's epoll.
 
-Put into `select` before 4_kqueue_loop.py runs, so that on Linux too the loop
-goes through the lines that are meant for macOS and the BSDs. It plays
-EVFILT_READ and EVFILT_WRITE with EV_ADD and EV_DELETE, and answers as a real
-BSD kernel did (NetBSD's, in user space); test_kqueue.py has these answers.
+With it 4_kqueue_loop.py goes through its lines for macOS and the BSDs. It
+plays EVFILT_READ and EVFILT_WRITE with EV_ADD and EV_DELETE, and answers as a
+real BSD kernel did (NetBSD's, in user space): see test_kqueue.py.
 """
 
 import collections
@@ -19,10 +18,11 @@ import time
 
 READ, WRITE = -1, -2
 ADD, DELETE, ERROR, EOF = 0x1, 0x2, 0x4000, 0x8000
+IN, OUT, ERR, HUP, RDHUP = 0x1, 0x4, 0x8, 0x10, 0x2000  # those of epoll
+MASKS = {READ: IN | RDHUP, WRITE: OUT}
+ENDS = {READ: ERR | HUP | RDHUP, WRITE: ERR | HUP}
 epoll = getattr(select, "epoll", None)
-RDHUP = getattr(select, "EPOLLRDHUP", 0x2000)  # PyPy does not name it
 
-# What select.kevent is.
 fields = "ident filter flags fflags data"
 kevent = collections.namedtuple("kevent", fields, defaults=(READ, ADD, 0, 0))
 
@@ -30,12 +30,11 @@ kevent = collections.namedtuple("kevent", fields, defaults=(READ, ADD, 0, 0))
 class kqueue:
     """What select.kqueue is.
 
-    A registration belongs to a descriptor and a filter, and is gone when the
-    descriptor is closed. So each is kept with the file it was made for: when
-    the number leads to another file now, or to none, it has been closed.
+    A registration ends when its descriptor is closed, and epoll's when its
+    file is. So the file is kept: the number may lead to another one by now.
     """
 
-    log = None  # a file that gets a line for each change and event
+    log = open(os.devnull, "a")  # gets a line for each change and event
 
     def __init__(self):
         self.files = {}  # (ident, filter): file
@@ -45,78 +44,64 @@ class kqueue:
     def control(self, changes, max_events, timeout=None):
         events = []
         for change in changes or ():
-            self.note("change", change)
-            number = self.apply(change)
-            if number and not max_events:
-                raise OSError(number, os.strerror(number))
-            if number:
-                events.append(change._replace(flags=ERROR, data=number))
+            print("change", *change, file=self.log, flush=True)
+            try:
+                self.apply(*change[:3])
+            except OSError as error:
+                if not max_events:
+                    raise
+                events.append(change._replace(flags=ERROR, data=error.errno))
         if max_events and not events:
             events = self.wait(max_events, timeout)
         for event in events:
-            self.note("event", event)
+            print("event", *event, file=self.log, flush=True)
         return events
 
-    def note(self, kind, what):
-        if self.log:
-            print(kind, *what, file=self.log, flush=True)
-
-    def apply(self, change):
-        """Make a change; return 0, or the number of the error."""
-        key, file = (change.ident, change.filter), file_of(change.ident)
-        if file is None:
-            return errno.EBADF
-        if change.filter not in (READ, WRITE):
-            return errno.EINVAL
-        there = self.files.get(key) == file
-        if change.flags == ADD and not there:  # again is no error
-            mask = {READ: select.EPOLLIN | RDHUP}
-            mask = mask.get(change.filter, select.EPOLLOUT)
-            self.epolls[change.filter].register(change.ident, mask)
-            self.files[key] = file
-        elif change.flags == DELETE:
-            if not there:
-                return errno.ENOENT
-            self.epolls[change.filter].unregister(change.ident)
-            del self.files[key]
-        return 0
+    def apply(self, ident, filter, flags):
+        """Make a change. It fails as epoll fails: ENOENT, EBADF."""
+        if flags == DELETE:
+            self.epolls[filter].unregister(ident)
+        else:
+            with contextlib.suppress(FileExistsError):  # again is no error
+                self.epolls[filter].register(ident, MASKS[filter])
+            self.files[ident, filter] = file_of(ident)
 
     def wait(self, max_events, timeout):
         """Return the first that are ready, and put them behind the others."""
-        end = None if timeout is None else time.monotonic() + timeout
-        while True:
-            ready = {}
-            for filter, queue in self.epolls.items():
-                for ident, mask in queue.poll(0, 10_000):
-                    if self.files.get((ident, filter)) == file_of(ident):
-                        ready[ident, filter] = mask
-            self.active = [key for key in self.active if key in ready]
-            self.active += [key for key in ready if key not in self.active]
-            left = None if end is None else max(0, end - time.monotonic())
-            if self.active or left == 0:
-                first = self.active[:max_events]
-                self.active = self.active[max_events:] + first
-                return [event_of(*key, ready[key]) for key in first]
-            select.select(list(self.epolls.values()), [], [], left)
+        left = 10**9 if timeout is None else timeout  # seconds
+        end = time.monotonic() + left
+        while not (ready := self.ready()) and left > 0:
+            select.select(self.epolls.values(), [], [], left)
+            left = end - time.monotonic()
+        keys = [key for key in self.active if key in ready]
+        keys += [key for key in ready if key not in keys]
+        self.active = keys[max_events:] + keys[:max_events]
+        return [event_of(*key, ready[key]) for key in keys[:max_events]]
+
+    def ready(self):
+        """Return what epoll says of each that is open: {key: mask}."""
+        return {
+            (ident, filter): mask
+            for filter, queue in self.epolls.items()
+            for ident, mask in queue.poll(0, 10_000)
+            if self.files.get((ident, filter)) == file_of(ident)
+        }
 
 
 def event_of(ident, filter, mask):
     """Return the event of a filter, from what epoll says of its descriptor."""
-    ends = select.EPOLLHUP | select.EPOLLERR
-    ends |= RDHUP if filter == READ else 0
-    flags = ADD | (EOF if mask & ends else 0)
-    fflags = errno.ECONNRESET if mask & select.EPOLLERR else 0
     sock = socket.socket(fileno=ident)
     if filter == WRITE:
         room = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         data = max(0, room - ask(sock, termios.TIOCOUTQ))
+    elif sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        told = sock.getsockopt(socket.SOL_TCP, socket.TCP_INFO, 104)
+        (data,) = struct.unpack_from("I", told, 24)  # how many wait
     else:
-        try:
-            data = ask(sock, termios.FIONREAD)
-        except OSError:  # it listens: how many wait for accept
-            told = sock.getsockopt(socket.SOL_TCP, socket.TCP_INFO, 104)
-            (data,) = struct.unpack_from("I", told, 24)
+        data = ask(sock, termios.FIONREAD)
     sock.detach()  # it is not ours
+    flags = ADD | (EOF if mask & ENDS[filter] else 0)
+    fflags = errno.ECONNRESET if mask & ERR else 0
     return kevent(ident, filter, flags, fflags, data)
 
 
@@ -129,9 +114,6 @@ def file_of(descriptor):
     with contextlib.suppress(OSError):
         status = os.fstat(descriptor)
         return status.st_dev, status.st_ino
-
-
-# ---- What a server's process is to call before anything else ----------------
 
 
 def install(log):
