@@ -26,13 +26,12 @@ import sys
 import textwrap
 import time
 
-WIDTH = 79  # columns to draw in
-MOST_LINES = 20  # to draw; of more clients than that, a sample is shown
+WIDTH, LINES = 79, 20  # to draw in; of more clients, a sample is shown
 TICK = 0.2  # seconds between two redraws
 CONNECTING = 100  # clients at once: the queue for accept is finite
 ATTEMPTS = 10  # to connect, each after a longer pause
 GRACE = 2  # seconds; who is not connected by then is not waited for
-STILL = 0.1  # seconds; if nobody new is answered, the server serves no more
+STILL = 0.1  # seconds; if nobody new is answered, the others have to wait
 
 
 class Failed(Exception):
@@ -59,9 +58,9 @@ class Crowd:
         self.visitors = [Visitor(n + 1) for n in range(options.connections)]
         self.connected, self.answered = set(), set()  # visitors, so far
         self.counts = []  # the replies to INCR, of all visitors
-        self.mistakes = []  # sentences: what was not as it should be
+        self.mistakes = []  # sentences
         self.start = self.stopped = 0.0
-        self.midway, self.info = {}, {}  # INFO with all there; at the end
+        self.midway = self.info = b""  # INFO with all there, and at the end
         # Keys of our own: the server may have been running for a while.
         self.prefix = f"{os.getpid()}-{time.time_ns():x}:"
 
@@ -71,6 +70,11 @@ class Crowd:
         ends = [visitor.end for visitor in self.visitors]
         now = self.stopped or time.monotonic()
         return (max(ends) if all(ends) else now) - self.start
+
+    @property
+    def transcript(self):
+        """What was said, client by client, so not by time."""
+        return "".join(line for v in self.visitors for line in v.transcript)
 
     def run(self, watch=lambda: None):
         """Hold all conversations, or raise Failed; call `watch` meanwhile."""
@@ -83,7 +87,10 @@ class Crowd:
             raise Failed(f"time ran out after {limit:g} s: {text}") from None
         except (OSError, OverflowError) as error:
             what = "lost the" if self.answered else "no"
-            text = f"{what} connection to {self.host}:{self.port}: {error}"
+            where = f"connection to {self.host}:{self.port}"
+            raise Failed(f"{what} {where}: {error}") from None
+        except (asyncio.IncompleteReadError, ValueError):
+            text = "a connection was closed, or a reply is not in RESP"
             raise Failed(text) from None
         finally:
             self.stopped = time.monotonic()
@@ -95,14 +102,13 @@ class Crowd:
         self.all_open = asyncio.Event()  # all are connected, or cannot be
         self.midway_asked = asyncio.Event()  # before that, nobody leaves
         self.start = self.news = time.monotonic()
-        tasks = {asyncio.ensure_future(self.visit(v)) for v in self.visitors}
-        while tasks:
-            done, tasks = await asyncio.wait(tasks, timeout=TICK)
-            for task in done:
-                task.result()  # raises what the task has raised
+        visits = asyncio.gather(*map(self.visit, self.visitors))
+        while not visits.done():
+            await asyncio.wait([visits], timeout=TICK)
             if time.monotonic() > self.news + GRACE:
                 self.all_open.set()
             watch()
+        visits.result()  # raises what a visit has raised
         # No INCR may be lost or done twice.
         async with self.connection() as ask:
             total, different = len(self.counts), len(set(self.counts))
@@ -110,35 +116,32 @@ class Crowd:
             if reply != b":%d\r\n" % total or different < total:
                 text = f"after {total} INCRs the counter is {reply[:40]!a}"
                 self.mistakes.append(f"{text}, {different} numbers were given")
-            self.info = parse_info(await ask("INFO"))
+            self.info = await ask("INFO")
 
-    async def visit(self, visitor):
-        """One visitor's conversation, from connect to close."""
+    async def visit(self, visitor, attempt=1):
         visitor.begin = visitor.asked = self.start
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                async with self.connection() as ask:
-                    self.news = time.monotonic()
-                    self.connected.add(visitor)
-                    if len(self.connected) == len(self.visitors):
-                        self.all_open.set()
-                    await self.converse(visitor, ask)
-                break
-            except OSError:
-                # A kernel whose queue is full may refuse or reset, but not the
-                # first. To send the first request, a SET, twice does no harm.
-                if visitor.waits or visitor.number == 1 or attempt == ATTEMPTS:
-                    raise
-                await asyncio.sleep(0.1 * attempt)
-        visitor.end = time.monotonic()
+        try:
+            async with self.connection() as ask:
+                self.news = time.monotonic()
+                self.connected.add(visitor)
+                if len(self.connected) == len(self.visitors):
+                    self.all_open.set()
+                await self.converse(visitor, ask)
+            visitor.end = time.monotonic()
+        except OSError:
+            # The kernel's queue may be full, but not for the first one. To
+            # send the first request, a SET, twice does no harm.
+            if visitor.waits or visitor.number == 1 or attempt == ATTEMPTS:
+                raise
+            await asyncio.sleep(0.1 * attempt)
+            await self.visit(visitor, attempt + 1)
 
     async def converse(self, visitor, ask):
         for turn in range(self.options.requests):
             if turn:
                 await asyncio.sleep(self.options.think)
                 visitor.asked = time.monotonic()
-            # A reply of None: a number, that depends on the others.
-            words, right = self.request(visitor.number, turn)
+            words, right = request(visitor.number, turn)
             reply = await ask(*words)
             visitor.waits.append((visitor.asked, time.monotonic()))
             visitor.asked = None
@@ -160,18 +163,9 @@ class Crowd:
                     if time.monotonic() > self.news + STILL:
                         break  # the server keeps the others waiting
                     await asyncio.sleep(0.01)
-                self.midway = parse_info(await ask("INFO"))
+                self.midway = await ask("INFO")
                 self.midway_asked.set()
         await self.midway_asked.wait()
-
-    def request(self, number, turn):
-        """Return what a visitor asks in this turn, and the right reply."""
-        if turn % 2:
-            return ("INCR", "counter"), None
-        key, value = f"key:{number}", f"value-{number}.{turn // 4 + 1}"
-        if turn % 4:
-            return ("GET", key), f"${len(value)}\r\n{value}\r\n".encode()
-        return ("SET", key, value), b"+OK\r\n"
 
     @contextlib.asynccontextmanager
     async def connection(self):
@@ -186,29 +180,26 @@ class Crowd:
         if words:
             words = self.prefix + words[0], *words[1:]
         writer.write(encode(command, *words))
-        try:
-            reply = await reader.readline()
-            if reply.startswith(b"$") and reply != b"$-1\r\n":
-                reply += await reader.readexactly(int(reply[1:]) + 2)
-        except ValueError:  # no number, or a line that is too long
-            raise Failed(f"the reply to {command} is none in RESP") from None
-        except asyncio.IncompleteReadError:
-            reply = b""
-        if not reply.endswith(b"\r\n"):
-            raise Failed("the server closed a connection and owed it a reply")
+        reply = await reader.readuntil(b"\r\n")
+        if reply.startswith(b"$") and reply != b"$-1\r\n":
+            reply += await reader.readexactly(int(reply[1:]) + 2)
         return reply
+
+
+def request(number, turn):
+    """Return a visitor's request, and the right reply: None for a number."""
+    key, value = f"key:{number}", f"value-{number}.{turn // 4 + 1}"
+    if turn % 2:
+        return ("INCR", "counter"), None
+    if turn % 4:
+        return ("GET", key), f"${len(value)}\r\n{value}\r\n".encode()
+    return ("SET", key, value), b"+OK\r\n"
 
 
 def encode(*words):
     """Return a request in RESP, Redis's protocol: an array of bulk strings."""
     parts = [b"$%d\r\n%b\r\n" % (len(w), w) for w in map(str.encode, words)]
     return b"*%d\r\n%b" % (len(words), b"".join(parts))
-
-
-def parse_info(reply):
-    """Return what a reply to INFO says, as {name: text}; {} if nothing."""
-    lines = reply.decode(errors="replace").splitlines()
-    return dict(line.split(":", 1) for line in lines if ":" in line)
 
 
 class Server:
@@ -218,15 +209,13 @@ class Server:
     """
 
     def __init__(self, script, timeout, command=None):
-        self.script = script
-        self.timeout = timeout  # seconds to start in, and to stop in
+        self.script, self.timeout = script, timeout  # seconds, to start or end
         self.command = command or [sys.executable, script, "--port", "0"]
-        self.problem = self.process = None
+        self.problem = None
 
     def __enter__(self):
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE)
         try:
-            pipe = subprocess.PIPE
-            self.process = subprocess.Popen(self.command, stdout=pipe)
             said = self.process.stdout
             ready = select.select([said], [], [], self.timeout)[0]
             line = said.readline().decode(errors="replace") if ready else ""
@@ -234,38 +223,33 @@ class Server:
             if not where:
                 raise Failed(f"{self.script} did not start: it said {line!a}")
         except BaseException:  # or we are told to end: so is the server
-            if self.process:
-                self.process.kill()
-                self.process.wait()
+            self.process.kill()
+            self.process.wait()
             raise
         self.host, self.port = where[1], int(where[2])
         return self
 
-    def __exit__(self, error, *details):
+    def __exit__(self, *error):
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(0.2)  # it may have died
         how = "stopped" if self.process.returncode is None else "died"
         self.process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(self.timeout)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        self.process.kill()
         status = self.process.wait()
         self.process.stdout.close()
         if how == "died" or status not in (0, -signal.SIGTERM):
             self.problem = f"{self.script} {how}: status {status}"
 
 
-# ---- Drawing ----------------------------------------------------------------
-
-
 def glyphs():
-    """Return two signs, for waiting and for talking, that stdout can show."""
+    """Return signs for waiting and for talking that stdout can show."""
     encoding = getattr(sys.stdout, "encoding", None) or ""
     return "░█" if encoding.lower().startswith("utf") else ".#"
 
 
-def sample(things, most=MOST_LINES):
+def sample(things, most=LINES):
     """Return `most` of the things, evenly spread, or all if they are fewer."""
     if len(things) <= most:
         return things
@@ -279,47 +263,39 @@ def drawing(crowd, scale):
     margin = len(str(len(crowd.visitors))) + 2
     head = f"{crowd.name:.50}: {crowd.elapsed:.2f} s"
     lines = [head + f"0 to {scale:.2f} s".rjust(WIDTH - len(head))]
-    for visitor in sample(crowd.visitors):
-        going_on = [(visitor.asked, now)] if visitor.asked else []
-        spans = [(talking, visitor.begin, visitor.end or now)]
-        spans += [(waiting, *wait) for wait in visitor.waits + going_on]
+    for one in sample(crowd.visitors):
+        going_on = [(one.asked, now)] if one.asked else []
+        spans = [(talking, one.begin, one.end or now)]
+        spans += [(waiting, *wait) for wait in one.waits + going_on]
         row = [" "] * (WIDTH - margin)
         for sign, *times in spans:
-            first, last = (
-                round((moment - crowd.start) / scale * len(row))
-                for moment in times
-            )
+            columns = [(t - crowd.start) / scale * len(row) for t in times]
+            first, last = map(round, columns)
             if sign == talking:
                 last = max(last, first + 1)  # who was there is seen
             row[first:last] = sign * (last - first)
-        text = f"{visitor.number:{margin - 1}} " + "".join(row)
+        text = f"{one.number:{margin - 1}} " + "".join(row)
         lines.append(text.rstrip()[:WIDTH])
     return lines
 
 
 def results(crowd):
-    """Return what came of it, as {row: text}, with some figures of INFO."""
+    """Return a column of the table, {row: text}, with some figures of INFO."""
     firsts = [v.waits[0][1] - crowd.start for v in crowd.visitors if v.waits]
-    rows = {
-        "time elapsed": f"{crowd.elapsed:.2f} s",
-        "first reply, worst": f"{max(firsts, default=0):.3f} s",
-    }
-    for row, info, *names in [
-        ("threads, midway", crowd.midway, "threads"),
-        ("CPU seconds", crowd.info, "used_cpu_user", "used_cpu_sys"),
-        ("polls", crowd.info, "polls"),
-        ("wake-ups", crowd.info, "wakeups"),
+    words = os.path.splitext(crowd.name)[0].replace("_", " ")
+    rows = {"": textwrap.shorten(words, 13, placeholder="") or words[:13]}
+    rows["time elapsed"] = f"{crowd.elapsed:.2f} s"
+    rows["first reply, worst"] = f"{max(firsts, default=0):.3f} s"
+    for row, info, name in [
+        ("threads, midway", crowd.midway, b"threads"),
+        ("CPU seconds", crowd.info, b"used_cpu_(?:user|sys)"),
+        ("polls", crowd.info, b"polls"),
+        ("wake-ups", crowd.info, b"wakeups"),
     ]:
-        with contextlib.suppress(KeyError, ValueError):  # it is not told
-            number = sum(float(info[name]) for name in names)
-            rows[row] = f"{number:,.2f}".replace(".00", "")
+        numbers = re.findall(rb"\n%b:([0-9.]+)\r" % name, info)
+        if numbers:
+            rows[row] = f"{sum(map(float, numbers)):,.2f}".replace(".00", "")
     return rows
-
-
-def heads(names):
-    """Return the heads of the columns: 1 single, 5 select a, 5 select b."""
-    stems = [os.path.splitext(name)[0].replace("_", " ") for name in names]
-    return [textwrap.shorten(s, 13, placeholder="") or s[:13] for s in stems]
 
 
 def table(columns, names, indent=""):
@@ -332,9 +308,6 @@ def table(columns, names, indent=""):
             cells = "".join(text.rjust(width) for text in texts)
             lines.append(f"{indent + name:21}{cells}")
     return lines
-
-
-# ---- The command line -------------------------------------------------------
 
 
 def raise_descriptor_limit(needed):
@@ -391,11 +364,6 @@ def visit(script, options, scale, live):
     return crowd
 
 
-def said(crowd):
-    """Return the transcript: client by client, so not by time."""
-    return [line for visitor in crowd.visitors for line in visitor.transcript]
-
-
 def main():
     options = command_line()
     raise_descriptor_limit(options.connections + 50)
@@ -409,14 +377,14 @@ def main():
     live = os.isatty(1) and os.environ.get("TERM") != "dumb"
     if live:
         columns, lines = os.get_terminal_size(1)
-        live = columns > WIDTH and lines > MOST_LINES + 1
+        live = columns > WIDTH and lines > LINES + 1
     crowds = []
     for number, script in enumerate(options.server or [None]):
         crowds.append(crowd := visit(script, options, scale, live))
         if options.transcript:
             path = pathlib.Path(options.transcript[number])
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(said(crowd)), encoding="utf-8")
+            path.write_text(crowd.transcript, encoding="utf-8")
         if crowd.mistakes:
             break
     longest = max(scale, *(crowd.elapsed for crowd in crowds))
@@ -426,15 +394,13 @@ def main():
     if crowd.mistakes:
         where = f"{crowd.name}: " if options.server else ""
         raise Failed(where + crowd.mistakes[0])
-    if any(said(each) != said(crowd) for each in crowds):
+    if len({each.transcript for each in crowds}) > 1:
         raise Failed("not all transcripts are the same")
     if len(crowds) > 1:
         print(f"All {len(crowds)} transcripts are the same.")
-    columns = [results(crowd) for crowd in crowds]
+    columns = [results(each) for each in crowds]
     names = dict.fromkeys(name for rows in columns for name in rows)
-    for rows, head in zip(columns, heads([crowd.name for crowd in crowds])):
-        rows[""] = head
-    print(*table(columns, ["", *names]), sep="\n")
+    print(*table(columns, names), sep="\n")
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def test_live(fake, lines, grows):
     [
         (b"SET", b"-ERR no\r\n", "SET"),
         (b"GET", b"$-1\r\n", "GET"),
-        (b"GET", b"$x\r\n", "GET"),
+        (b"GET", b"$x\r\n", "not in RESP"),
         (b"INCR", b":1\r\n", "counter"),
         (b"INCRBY", b":15\r\n", "counter"),
         (b"SET", b"$5\r\nab", "ran out after 0.5 s: 0 of 8 clients"),
@@ -205,7 +205,7 @@ def test_wrong_reply(fake, command, wrong, word):
 
 def test_server_closes_all(fake):
     """Connections that are closed, or reset: one sentence, the drawing first."""
-    for reply, word in (None, "connection"), (lambda words: None, "owed"):
+    for reply, word in (None, "connection"), (lambda words: None, "closed"):
         result = run_client("--port", fake(reply), "--connections", 50)
         check_failure(result, word)
 

@@ -21,7 +21,6 @@ from harness import (
     cpu_time,
     encode,
     figure,
-    heads,
     memory,
     progress,
     raise_descriptor_limit,
@@ -239,9 +238,6 @@ def main():
         scripts = [os.path.relpath(ROOT / name) for name in SCRIPTS.values()]
     raise_descriptor_limit(CROWD + 50)
     columns = [compare(script) for script in scripts]
-    names = [os.path.basename(script) for script in scripts]
-    for rows, head in zip(columns, heads(names)):
-        rows[""] = head
     print(*table(columns, [""]), sep="\n")
     for question, names, reason in QUESTIONS:
         print("", question, sep="\n")

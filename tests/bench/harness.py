@@ -23,8 +23,6 @@ from client import (  # noqa: E402, F401
     Server,
     encode,
     glyphs,
-    heads,
-    parse_info,
     raise_descriptor_limit,
     results,
     sample,
@@ -109,6 +107,12 @@ class Line:
     def info(self):
         """Return what the server says of itself, as {name: text}."""
         return parse_info(self.ask("INFO"))
+
+
+def parse_info(reply):
+    """Return what a reply to INFO says, as {name: text}; {} if nothing."""
+    lines = reply.decode(errors="replace").splitlines()
+    return dict(line.split(":", 1) for line in lines if ":" in line)
 
 
 def cpu_time(info):

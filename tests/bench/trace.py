@@ -36,6 +36,7 @@ from harness import (
     encode,
     figure,
     machine,
+    parse_info,
     progress,
     raise_descriptor_limit,
     run,
@@ -70,9 +71,9 @@ class Thinking(Crowd):
         super().__init__(*arguments)
         self.ports = {}  # port of a connection: the number of its client
 
-    async def visit(self, visitor):
+    async def visit(self, visitor, attempt=1):
         here.set(visitor.number)
-        await super().visit(visitor)
+        await super().visit(visitor, attempt)
 
     async def ask(self, reader, writer, *words):
         self.ports[writer.get_extra_info("sockname")[1]] = here.get()
@@ -348,7 +349,7 @@ def cost(traces):
     for trace in traces:
         crowds = trace.crowd, trace.untraced
         columns = [[f"{crowd.elapsed:.2f} s" for crowd in crowds]]
-        infos = [crowd.info for crowd in crowds]
+        infos = [parse_info(crowd.info) for crowd in crowds]
         if all("used_cpu_user" in info for info in infos):
             columns.append([f"{cpu_time(info):.2f} s" for info in infos])
         if all("polls" in info for info in infos):
