@@ -88,8 +88,8 @@ class EventLoop:
 
     def watch(self, sock, wanted, change):
         """Have the queue begin or end to watch a socket."""
-        filter = KQ_FILTER_WRITE if wanted == WRITE else KQ_FILTER_READ
-        self.queue.control([kevent(sock.fileno(), filter, change)], 0)
+        ready_to = KQ_FILTER_WRITE if wanted == WRITE else KQ_FILTER_READ
+        self.queue.control([kevent(sock.fileno(), ready_to, change)], 0)
 
     def accept(self):
         """Take in the client that the queue has announced."""

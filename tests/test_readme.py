@@ -19,14 +19,14 @@ def blocks(language, word=""):
 
 def test_length():
     assert len(README.splitlines()) <= 320
-    assert len((PROJECT / "client.py").read_text().splitlines()) <= 460
+    assert len((PROJECT / "client.py").read_text().splitlines()) <= 420
 
 
 def test_code_is_the_code():
     """Each piece of Python, and each small picture, stands in a server."""
     pieces = blocks("python")
     pieces += [block for block in blocks("") if "--" in block[:400]]
-    assert len(pieces) == 10  # a picture of each; two, none, three and one
+    assert len(pieces) == 8  # a picture of each; two, none, three and one
     for piece in pieces:
         indented = [textwrap.indent(piece, " " * n) for n in range(0, 24, 4)]
         assert any(text in source for text in indented for source in SOURCES)
