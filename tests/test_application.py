@@ -278,6 +278,19 @@ def test_how_long_a_handler_sleeps(new, module, monkeypatch):
     assert slept == [0, 5, 0.25, 9.99, 10]
 
 
+def test_no_number_is_long(new, module, monkeypatch):
+    """Old Pythons take seconds for a million digits: int() sees but a few."""
+
+    def short(text):
+        assert len(text) < 30
+        return int(text)
+
+    monkeypatch.setattr(module, "int", short, raising=False)
+    digits = b"1" * 60_000
+    for line in b"*%b\r\n", b"*1\r\n$%b\r\n", b"INCRBY a %b\r\n":
+        assert answer(new(), line % digits)[0].startswith(b"-ERR")
+
+
 INTEGERS = [b"0", b"1", b"-1", b"42", MAX, MIN, b"9223372036854775806"]
 SIZES = {b"PING": 1, b"GET": 1, b"INCR": 1, b"SET": 2, b"INCRBY": 2}
 
