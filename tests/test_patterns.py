@@ -1,5 +1,6 @@
 """What each pattern is, and how it shows from outside."""
 
+import contextlib
 import re
 import select
 import socket
@@ -9,26 +10,20 @@ from collections import defaultdict
 
 import pytest
 from conftest import (
-    FREE, MANY, PATIENCE, PROC, SCRIPTS, array, arrived, bulk, frozen,
+    FREE, MANY, PATIENCE, PROC, SCRIPTS, arrived, bulk, frozen,
     is_readable, load, many, needs, needs_proc, ping, read_exactly,
     read_to_end, run, talk, text_of, together, wait_for,
 )  # fmt: skip
 
-NAMES = {
-    "single": "single blocking",
-    "multi": "multi blocking",
-    "busy": "busy wait",
-    "kqueue": "event loop on kqueue",
-}
-if not hasattr(select, "kqueue"):
-    NAMES["kqueue"] = "event loop on epoll in place of kqueue"
-CLASSES = dict.fromkeys(NAMES, "IncomingTCPConnection")
-CLASSES.update({"busy": "Client", "kqueue": "EventLoop Client"})
-TALLY = {
-    "single": ["clients_served"],
-    "multi": ["threads_started"],
-    "busy": ["polls", "polls_in_vain"],
-    "kqueue": ["wakeups", "events"],
+CONNECTION = "IncomingTCPConnection"
+BLOCKING = "accept receive sendall"
+QUEUE = "kqueue" if hasattr(select, "kqueue") else "epoll in place of kqueue"
+LOOP = f"event loop on {QUEUE}"
+FACTS = {  # what it calls itself, its classes, calls that sleep, its tally
+    "single": ("single blocking", CONNECTION, BLOCKING, "clients_served"),
+    "multi": ("multi blocking", CONNECTION, BLOCKING, "threads_started"),
+    "busy": ("busy wait", "Client", "", "polls polls_in_vain"),
+    "kqueue": (LOOP, "EventLoop Client", "control", "wakeups events"),
 }
 
 
@@ -40,52 +35,39 @@ def clients(server, count):
     return socks
 
 
-def test_names(name):
-    """The classes have the article's names; calls that sleep say so."""
-    module = load(name)
-    for word in ["TCPServer", *CLASSES[name].split()]:
-        assert isinstance(getattr(module, word), type)
-    sleeping = re.findall(r"(\w+)\(.*# sleeps", text_of(name))
-    blocking = ["accept", "receive", "sendall"]
-    expected = {"busy": [], "kqueue": ["control"]}.get(name, blocking)
-    assert sleeping == expected
+def test_what_it_says_and_what_it_is(server):
+    """The article's names; INFO and Ctrl-C; threads and sockets.
 
-
-def test_figures(server):
-    """INFO and Ctrl-C say what it is, and what serving has cost so far."""
+    Threads: 1; 1 and one for each connection; 1; 2. O_NONBLOCK in 3 and 4.
+    """
+    name = server.name
+    pattern, classes, sleeping, tally = FACTS[name]
+    for word in ["TCPServer", *classes.split()]:
+        assert isinstance(getattr(load(name), word), type)
+    calls = re.findall(r"(\w+)\(.*# sleeps", text_of(name))
+    assert calls == sleeping.split()
+    assert server.stdout().startswith(f"{pattern}: listening on 127.0.0.1:")
     for _ in range(4):
         server.ping()
-    with server.connect() as sock:
-        info = server.info(sock)
-    assert info["pattern"] == NAMES[server.name]
-    assert server.stdout().startswith(f"{NAMES[server.name]}: listening on ")
-    for field in ["threads", *TALLY[server.name]]:
-        assert int(info[field]) >= (1 if field == "threads" else 4), field
-    if server.name in ("single", "multi"):  # 2 counts once it has started
-        assert int(info[TALLY[server.name][0]]) <= 5
-    for field in "used_cpu_user", "used_cpu_sys":
-        assert 0 <= float(info[field]) < 60
-    assert float(info["used_cpu_user"]) > 0
-    for field in "voluntary", "involuntary":
-        assert int(info[f"{field}_context_switches"]) >= 0
-    assert list(server.stop().tally()) == list(info)
-
-
-def test_threads_and_sockets(server):
-    """1; 1 and one for each connection; 1; 2. O_NONBLOCK in 3 and 4 only."""
-    alone = 2 if server.name == "kqueue" else 1
-    each = 1 if server.name == "multi" else 0
+    info = server.info()
+    assert info["pattern"] == pattern
+    counts = [int(info[field]) for field in tally.split()]
+    assert min(counts) >= 4
+    # 2 counts a thread once it has started.
+    assert name not in ("single", "multi") or max(counts) <= 5
+    alone = 2 if name == "kqueue" else 1
+    threads = alone + (8 if name == "multi" else 0)
     before = server.held_at_rest()
     socks = clients(server, 8)
-    assert int(server.info(socks[0])["threads"]) == alone + 8 * each
+    assert int(server.info(socks[0])["threads"]) == threads
     if PROC:
-        assert before[0] == alone and server.held()[0] == alone + 8 * each
-        sockets = 9 if server.name in MANY else 2
-        expected = [server.name in ("busy", "kqueue")] * sockets
+        assert before[0] == alone and server.held()[0] == threads
+        expected = [name in ("busy", "kqueue")] * (9 if name in MANY else 2)
         assert server.nonblocking() == expected
     for sock in socks:
         sock.close()
     wait_for(lambda: server.held() == before, "all is as it was")
+    assert list(server.stop().tally()) == list(info)
 
 
 def test_what_waiting_costs(start):
@@ -98,28 +80,28 @@ def test_what_waiting_costs(start):
 
     before = figures()
     time.sleep(1)
-    used, more = {}, {}
-    for server, old, new in zip(servers, before, figures()):
+    more, used = defaultdict(dict), {}
+    for name, old, new in zip(SCRIPTS, before, figures()):
         for field in new.keys() - {"pattern", "role"}:
-            more[field] = float(new[field]) - float(old[field])
-        used[server.name] = more["used_cpu_user"] + more["used_cpu_sys"]
-        if server.name == "busy":
-            assert min(more["used_cpu_user"], more["used_cpu_sys"]) > 0.01
-        assert more["voluntary_context_switches"] or server.name == "busy"
-    busy = used.pop("busy")
+            more[name][field] = float(new[field]) - float(old[field])
+        cpu = more[name]["used_cpu_user"], more[name]["used_cpu_sys"]
+        used[name] = sum(cpu)
+        assert more[name]["voluntary_context_switches"] or name == "busy"
+    busy, loop, core = more["busy"], more["kqueue"], used.pop("busy")
     assert max(used.values()) < 0.1, used
     # Others may want the core as well, so "most of it" is not asked for.
-    assert busy > 0.2 and busy > 10 * max(used.values()), (busy, used)
+    assert core > 0.2 and core > 10 * max(used.values()), (core, used)
+    assert min(busy["used_cpu_user"], busy["used_cpu_sys"]) > 0.01
+    assert busy["involuntary_context_switches"] >= 0
     # Nearly all of its polls were in vain; 4 was woken for the second INFO.
-    assert 100 < more["polls_in_vain"] < more["polls"]
-    assert more["polls"] - more["polls_in_vain"] < 10
-    assert more["wakeups"] == more["events"] == 1
+    assert busy["polls_in_vain"] > 100
+    assert 0 < busy["polls"] - busy["polls_in_vain"] < 10
+    assert loop["wakeups"] == loop["events"] == 1
 
 
 WAITS = {"poll", "ppoll", "select", "pselect6", "epoll_wait", "epoll_pwait"}
 WAITS |= {"epoll_pwait2", "nanosleep", "clock_nanosleep"}
 WAITS |= set() if FREE else {"sched_yield"}  # there, it is in Python's locks
-NETWORK = {"accept", "accept4", "recvfrom", "sendto", "read", "write"}
 
 
 @needs_proc
@@ -145,66 +127,56 @@ def test_where_each_waits(start, tmp_path):
         return server, [(int(thread), *rest) for thread, *rest in found]
 
     for server, calls in together(traced, *SCRIPTS):
-        threads = defaultdict(set)  # call: the threads that make it
+        name, threads = server.name, defaultdict(set)
         for thread, call, _ in calls:
             threads[call].add(thread)
         accept = threads["accept"] | threads["accept4"]
         recv, send = threads["recvfrom"], threads["sendto"]
-        waits = {call: threads[call] for call in WAITS if threads[call]}
-        vain = [c[1] for c in calls if c[1] in NETWORK and "EAGAIN" in c[2]]
+        waits = {call: threads[call] for call in WAITS & threads.keys()}
+        vain = [c[1] for c in calls if "EAGAIN" in c[2] and c[1] != "futex"]
         main = {server.pid}
-        assert accept and recv and send, threads.keys()
-        if server.name == "multi":
+        if name == "multi":
             assert accept == main and not main & recv
-            assert send <= recv and len(recv) == 2
-        elif server.name == "kqueue":
-            (loop,) = accept
-            assert accept == recv == send != main
-            assert set(waits) <= {"epoll_wait", "epoll_pwait"}
-            assert set(map(frozenset, waits.values())) == {frozenset([loop])}
+            assert send and send <= recv and len(recv) == 2
+        elif name == "kqueue":
+            assert accept == recv == send != main and len(accept) == 1
+            assert waits and waits.keys() <= {"epoll_wait", "epoll_pwait"}
+            assert all(waiting == accept for waiting in waits.values())
             assert len(vain) < 10
         else:
             assert accept == recv == send == main
-        if server.name == "busy":
+        if name == "busy":
             assert not waits and len(vain) > 100 and "recvfrom" in vain
             assert "accept" in vain or "accept4" in vain
-        elif server.name != "kqueue":
+        elif name != "kqueue":
             assert not waits and not vain
 
 
 def test_second_client(server):
     """Half a request keeps all others waiting in 1; else they are served."""
-    request = array(b"PING", b"hello")
     first = server.connect()
-    ping(first)
-    first.sendall(request[:20])
+    talk(first, b"PING\r\n*2\r\n$4\r\nPING\r\n$5\r\nhe", b"+PONG\r\n")
     others = [server.connect() for _ in range(3)]
     for sock in reversed(others):
         sock.sendall(b"INCR turn\r\n")
-    if server.name != "single":
-        turns = [read_exactly(sock, 4) for sock in others]
-        assert sorted(turns) == [b":1\r\n", b":2\r\n", b":3\r\n"]
-        return
-    assert not is_readable(others[0], 0.1)
-    talk(first, request[20:], bulk(b"hello"))
-    first.close()
-    for turn, sock in enumerate(others, 1):  # in the order they came
-        assert read_exactly(sock, 4) == b":%d\r\n" % turn
-        assert not any(map(is_readable, others[turn:]))
+    if server.name == "single":
+        assert not is_readable(others[0], 0.1)
+        talk(first, b"llo\r\n", bulk(b"hello"))
+        first.close()
+    turns = []
+    for sock in others:
+        turns.append(read_exactly(sock, 4))
+        if server.name == "single":  # in the order they came
+            assert not any(map(is_readable, others[len(turns) :]))
+            assert turns == sorted(turns)
         sock.close()
+    assert sorted(turns) == [b":1\r\n", b":2\r\n", b":3\r\n"]
 
 
+@many
 def test_handler_that_blocks(server):
     """A handler that sleeps holds the others, but not in 2."""
-    sleeper, other = server.connect(), server.connect()
-    ping(sleeper)
-    if server.name == "single":
-        sleeper.sendall(b"DEBUG SLEEP 0.2\r\nPING\r\n")
-        other.sendall(b"PING\r\n")
-        assert read_exactly(sleeper, 12) == b"+OK\r\n+PONG\r\n"
-        assert not is_readable(other)
-        return
-    ping(other)
+    sleeper, other = clients(server, 2)
     # The other one asks without a pause. So one of its requests comes while
     # the handler sleeps, and in 3 and 4 it takes as long as that.
     sleeper.sendall(b"DEBUG SLEEP 0.6\r\n")
@@ -224,14 +196,13 @@ def test_handler_that_blocks(server):
 def test_answered_at_once(server):
     """What is carried out is answered before another's handler blocks."""
     socks = clients(server, 5)
-    for _ in range(10):  # who comes first in 3 is a matter of chance
-        sleeper, *pingers = socks
+    for sleeper in socks * 2:  # who comes first in 3 is a matter of chance
+        pingers = [sock for sock in socks if sock is not sleeper]
         with frozen(server):  # all requests are there at once
-            for sock in pingers:
-                sock.sendall(b"PING\r\n")
+            for sock in [*pingers, sleeper]:
+                slow = sock is sleeper
+                sock.sendall(b"DEBUG SLEEP 0.2\r\n" if slow else b"PING\r\n")
                 arrived(sock)
-            sleeper.sendall(b"DEBUG SLEEP 0.2\r\n")
-            arrived(sleeper)
         assert select.select(pingers, [], [], PATIENCE)[0]
         at_once = not is_readable(sleeper, 0.05)
         assert read_exactly(sleeper, 5) == b"+OK\r\n"
@@ -239,7 +210,6 @@ def test_answered_at_once(server):
             assert read_exactly(sock, 7) == b"+PONG\r\n"
         if at_once:
             return
-        socks.append(socks.pop(0))
     pytest.fail("replies have waited for another's handler each time")
 
 
@@ -248,40 +218,29 @@ def test_incr_loses_nothing(name, start):
     # Threads take turns as often as Python lets them.
     prelude = "import sys; sys.setswitchinterval(1e-6)\n"
     server = start(name, prelude=prelude if name == "multi" else "")
-    each, numbers = 300, []
+    numbers = []
     socks = [server.connect() for _ in range(20)]
     for sock in socks:
-        sock.sendall(b"INCR a\r\n" * each)  # 2,400 bytes
+        sock.sendall(b"INCR a\r\n" * 300)
         sock.shutdown(socket.SHUT_WR)
     for sock in socks:
         mine = [int(line[1:]) for line in read_to_end(sock).splitlines()]
-        assert mine == sorted(mine) and len(mine) == each
+        assert mine == sorted(mine) and len(mine) == 300
         numbers += mine
-    assert sorted(numbers) == list(range(1, 20 * each + 1))
+    assert sorted(numbers) == list(range(1, 20 * 300 + 1))
     # Nor is a SET undone by an INCR that began before it.
     if name not in MANY:
         return
-    over = threading.Event()
+    setter, other = server.connect(), server.connect()
+    talk(setter, b"SET a 1000000000\r\n", b"+OK\r\n")
+    other.sendall(b"INCR a\r\n" * 200)
 
     def increment():
-        with server.connect() as sock:
-            while not over.is_set():
-                sock.sendall(b"INCR a\r\n" * 200)
-                lines = 0
-                while lines < 200:
-                    lines += sock.recv(1 << 16).count(b"\n")
+        with contextlib.suppress(OSError):  # until the server ends
+            while read_exactly(other, 200 * 13):  # numbers of ten digits
+                other.sendall(b"INCR a\r\n" * 200)
 
-    thread = threading.Thread(target=increment)
-    thread.start()
-    with server.connect() as sock:
-        for step in range(1, 3001):
-            sock.sendall(b"SET a %d\r\nINCR a\r\n" % (step * 10**6))
-            reply = b""
-            while reply.count(b"\n") < 2:
-                reply += sock.recv(100)
-            found = int(reply.split()[1][1:]) // 10**6
-            if found != step:
-                break
-    over.set()
-    thread.join()
-    assert found == step
+    threading.Thread(target=increment, daemon=True).start()
+    for step in range(1001, 4001):
+        setter.sendall(b"SET a %d000000\r\nINCR a\r\n" % step)
+        assert read_exactly(setter, 18).startswith(b"+OK\r\n:%d" % step)
