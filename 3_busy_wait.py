@@ -228,7 +228,7 @@ def number(line, sign, limit):
     """Return 3 for the line b"$3\\r\\n", if that is within the limit."""
     digits = line[1:-2] if line.endswith(b"\r\n") else b""
     if line.startswith(sign) and digits.isdigit() and len(digits) < 8:
-        value = int(digits)  # of a million digits, it would take seconds
+        value = int(digits)  # of very many digits, it would be slow
         if value <= limit:
             return value
     check_end(line)

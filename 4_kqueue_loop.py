@@ -155,7 +155,7 @@ class Client:
 
 
 # ---- kqueue on Linux --------------------------------------------------------
-# epoll does the same job: it knows a descriptor once, kqueue once per filter.
+# Linux has epoll. It knows a descriptor once, kqueue knows it once per filter.
 
 try:
     from select import KQ_EV_ADD, KQ_EV_DELETE, KQ_FILTER_READ, KQ_FILTER_WRITE
@@ -308,7 +308,7 @@ def number(line, sign, limit):
     """Return 3 for the line b"$3\\r\\n", if that is within the limit."""
     digits = line[1:-2] if line.endswith(b"\r\n") else b""
     if line.startswith(sign) and digits.isdigit() and len(digits) < 8:
-        value = int(digits)  # of a million digits, it would take seconds
+        value = int(digits)  # of very many digits, it would be slow
         if value <= limit:
             return value
     check_end(line)

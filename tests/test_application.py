@@ -192,6 +192,20 @@ def test_replies_are_bounded(size):
     assert b"".join(lots) == b"".join(n + bulk(value) for n in numbers)
 
 
+def test_no_number_is_long(monkeypatch):
+    """Old Pythons are slow with very many digits: int() sees but a few."""
+
+    def short(text):
+        assert len(text) < 30
+        return int(text)
+
+    monkeypatch.setattr(module, "int", short, raising=False)
+    for line in b"*%b\r\n", b"*1\r\n$%b\r\n", b"INCRBY a %b\r\n":
+        session = new()
+        session.receive(line % (b"1" * 60_000))
+        assert session.answer().startswith(b"-ERR")
+
+
 def test_an_unfinished_request_costs_little():
     """What is read again with each piece stays small: words, lines.
 
