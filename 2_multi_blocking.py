@@ -83,10 +83,10 @@ class IncomingTCPConnection:
 MAX_REQUEST = 1024 * 1024  # bytes in all words of a request
 MAX_WORDS = 1024  # in a request
 MAX_LINE = 64 * 1024  # bytes
-MAX_REPLIES = 64 * 1024  # bytes, before the last reply of an answer
+MAX_REPLIES = 64 * 1024  # bytes; with so many, further requests wait
 INTEGER = re.compile(rb"0|-?[1-9][0-9]{0,18}")  # int() would also take b"1_0"
-INT64 = range(-(2**63), 2**63)
-SECONDS = re.compile(rb"[0-9](\.[0-9]+)?|10")
+INT64 = range(-(2**63), 2**63)  # Redis's integers have 64 bits
+SECONDS = re.compile(rb"[0-9](\.[0-9]+)?|10")  # float() also takes b"nan"
 
 store = {}  # keys and values, all bytes: one store for all clients
 store_lock = threading.Lock()  # held to change it: pattern 2 has threads
@@ -109,7 +109,7 @@ class Session:
     def answer(self):
         """Carry out requests; return replies. Call it until there are none."""
         if not self.incoming:
-            return b""
+            return b""  # as usual, when it is asked once more
         replies, done = bytearray(), 0
         stream = io.BytesIO(self.incoming)  # bytes that are read like a file
         try:
@@ -193,7 +193,7 @@ def number(line, sign, limit):
     """Return 3 for the line b"$3\\r\\n", if that is within the limit."""
     digits = line[1:-2] if line.endswith(b"\r\n") else b""
     if line.startswith(sign) and digits.isdigit() and len(digits) < 8:
-        value = int(digits)  # of very many digits, it would be slow
+        value = int(digits)  # slow for very many digits: so at most 7
         if value <= limit:
             return value
     check_end(line)

@@ -140,7 +140,7 @@ test test-all:
 	PYTHONDONTWRITEBYTECODE=1; export PYTHONDONTWRITEBYTECODE; \
 	unset SLOW; test $@ = test || { SLOW=1; export SLOW; }; \
 	"$$venv/bin/python" $(PYTEST) $(HALF) >build/$@.txt 2>&1 & half=$$!; \
-	trap "kill $$half; exit 1" INT TERM HUP; \
+	trap "kill $$half 2>/dev/null; exit 1" INT TERM HUP; \
 	"$$venv/bin/python" $(PYTEST) --ignore-glob='*faults.py' \
 	  --ignore-glob='*patterns.py' --ignore-glob='*make.py' tests; \
 	others=$$?; wait $$half; half=$$?; cat build/$@.txt; \

@@ -26,7 +26,8 @@ import sys
 import textwrap
 import time
 
-WIDTH, LINES = 79, 20  # to draw in; of more clients, a sample is shown
+WIDTH = 79  # columns to draw in
+MOST_LINES = 20  # to draw; of more clients than that, a sample is shown
 TICK = 0.2  # seconds between two redraws
 CONNECTING = 100  # clients at once: the queue for accept is finite
 ATTEMPTS = 10  # to connect, each after a longer pause
@@ -58,7 +59,7 @@ class Crowd:
         self.visitors = [Visitor(n + 1) for n in range(options.connections)]
         self.connected, self.answered = set(), set()  # visitors, so far
         self.counts = []  # the replies to INCR, of all visitors
-        self.mistakes = []  # sentences
+        self.mistakes = []  # sentences: what was not as it should be
         self.start = self.stopped = 0.0
         self.midway = self.info = b""  # INFO with all there, and at the end
         # Keys of our own: the server may have been running for a while.
@@ -89,7 +90,7 @@ class Crowd:
             what = "lost the" if self.answered else "no"
             where = f"connection to {self.host}:{self.port}"
             raise Failed(f"{what} {where}: {error}") from None
-        except (asyncio.IncompleteReadError, ValueError):
+        except (EOFError, asyncio.LimitOverrunError, ValueError):
             text = "a connection was closed, or a reply is not in RESP"
             raise Failed(text) from None
         finally:
@@ -249,7 +250,7 @@ def glyphs():
     return "░█" if encoding.lower().startswith("utf") else ".#"
 
 
-def sample(things, most=LINES):
+def sample(things, most=MOST_LINES):
     """Return `most` of the things, evenly spread, or all if they are fewer."""
     if len(things) <= most:
         return things
@@ -263,10 +264,10 @@ def drawing(crowd, scale):
     margin = len(str(len(crowd.visitors))) + 2
     head = f"{crowd.name:.50}: {crowd.elapsed:.2f} s"
     lines = [head + f"0 to {scale:.2f} s".rjust(WIDTH - len(head))]
-    for one in sample(crowd.visitors):
-        going_on = [(one.asked, now)] if one.asked else []
-        spans = [(talking, one.begin, one.end or now)]
-        spans += [(waiting, *wait) for wait in one.waits + going_on]
+    for visitor in sample(crowd.visitors):
+        going_on = [(visitor.asked, now)] if visitor.asked else []
+        spans = [(talking, visitor.begin, visitor.end or now)]
+        spans += [(waiting, *wait) for wait in visitor.waits + going_on]
         row = [" "] * (WIDTH - margin)
         for sign, *times in spans:
             columns = [(t - crowd.start) / scale * len(row) for t in times]
@@ -274,7 +275,7 @@ def drawing(crowd, scale):
             if sign == talking:
                 last = max(last, first + 1)  # who was there is seen
             row[first:last] = sign * (last - first)
-        text = f"{one.number:{margin - 1}} " + "".join(row)
+        text = f"{visitor.number:{margin - 1}} " + "".join(row)
         lines.append(text.rstrip()[:WIDTH])
     return lines
 
@@ -377,7 +378,7 @@ def main():
     live = os.isatty(1) and os.environ.get("TERM") != "dumb"
     if live:
         columns, lines = os.get_terminal_size(1)
-        live = columns > WIDTH and lines > LINES + 1
+        live = columns > WIDTH and lines > MOST_LINES + 1
     crowds = []
     for number, script in enumerate(options.server or [None]):
         crowds.append(crowd := visit(script, options, scale, live))

@@ -41,6 +41,8 @@ FREE = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # free-threaded
 
 # A shell's "&" has SIGINT ignored, and so would be all that is started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Whoever ends the tests with `kill` ends the servers that they have started.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 needs_proc = pytest.mark.skipif(not PROC, reason="looks into Linux's /proc")
 many = pytest.mark.parametrize("name", MANY)

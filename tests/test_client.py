@@ -189,6 +189,7 @@ def test_live(fake, lines, grows):
         (b"SET", b"-ERR no\r\n", "SET"),
         (b"GET", b"$-1\r\n", "GET"),
         (b"GET", b"$x\r\n", "not in RESP"),
+        pytest.param(b"GET", b"v" * 70_000, "not in RESP", id="endless"),
         (b"INCR", b":1\r\n", "counter"),
         (b"INCRBY", b":15\r\n", "counter"),
         (b"SET", b"$5\r\nab", "ran out after 0.5 s: 0 of 8 clients"),

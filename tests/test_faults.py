@@ -7,6 +7,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 
 import pytest
@@ -83,6 +84,15 @@ def test_connections_that_break(server):
     server.ping()
     wait_for(lambda: server.held() == before, "nothing stays", patience=4)
     assert server.stderr() == ""
+
+
+def test_nothing_after_the_end(server):
+    """What follows QUIT or an error is dropped, and the connection closed."""
+    for end, reply in (b"QUIT", b"+OK\r\n"), (b"*x", b"-ERR Protocol error"):
+        with server.connect() as sock:
+            sock.sendall(b"PING\r\n%b\r\nSET a 1\r\n*x\r\n" % end)
+            assert read_to_end(sock).startswith(b"+PONG\r\n" + reply)
+        assert server.ask(b"GET a\r\n") == b"$-1\r\n"
 
 
 ACCEPT = """
@@ -247,11 +257,17 @@ def test_no_thread_left(start):
 SITUATIONS = {  # what each client sends, after it was served, if it is
     "nobody": [],
     "silent": [b""] * 5,
-    # One never reads, one sends a half, three have more work than it can do.
+    # One never reads, one sends a half, three ask without a pause.
     "busy": [SET_BIG + b"GET big\r\n" * 1000, b"*2\r\n$4\r\nPING\r\n$"]
-    + [b"PING\r\n" * 100_000] * 3,
+    + [b"PING\r\n" * 1000] * 3,
     "sleeping": [b"DEBUG SLEEP 9\r\n"],  # less than stop() waits for
 }
+
+
+def go_on_asking(sock):
+    with contextlib.suppress(OSError):  # until the server ends
+        while len(read_exactly(sock, 7000)) == 7000:
+            sock.sendall(b"PING\r\n" * 1000)
 
 
 @pytest.mark.parametrize("situation", [*SITUATIONS, slowly("300 busy")])
@@ -259,7 +275,7 @@ def test_the_end(start, situation):
     """SIGTERM: at once, by the kernel. Ctrl-C: status 0 and the tally."""
     times, _, situation = situation.rpartition(" ")
 
-    def started(name, port):
+    def started(name, port, askers):
         # Of two options that are the same, the last one counts.
         server = start(name, "--host", "localhost", "--port", port)
         for request in SITUATIONS[situation]:
@@ -267,19 +283,26 @@ def test_the_end(start, situation):
             if name in MANY or sock is server.sockets[0]:
                 ping(sock)
             send_what_fits(sock, request)
+            if request.startswith(b"PING"):
+                asker = threading.Thread(target=go_on_asking, args=[sock])
+                asker.start()
+                askers.append(asker)
         return server
 
     def check(name):
         for _ in range(int(times or 1)):
-            server = started(name, 0)
+            askers = []
+            server = started(name, 0, askers)
             assert server.host == "127.0.0.1"
             os.kill(server.pid, signal.SIGTERM)
             assert server.process.wait(PATIENCE) == -signal.SIGTERM
             for sock in server.sockets:  # nobody is left waiting
                 assert is_readable(sock, PATIENCE)
-            second = started(name, server.port)  # it can be taken at once
+            second = started(name, server.port, askers)  # at once
             assert second.port == server.port
             assert second.stop().stderr() == server.stderr() == ""
+            for asker in askers:
+                asker.join()  # before its socket's number is used again
             server.kill()
             second.kill()
 
@@ -319,12 +342,13 @@ def test_refusals():
 
 def test_loop_fails(start):
     """If the loop's thread fails, the process ends, and says why."""
-    prelude = "import socket; socket.socket.accept = None"
+    prelude = "import socket; socket.socket.recv = None"
     server = start("kqueue", prelude=prelude)
-    with contextlib.suppress(ConnectionError):  # it may be gone by now
-        server.connect()
+    silent, other = server.connect(), server.connect()
+    other.sendall(b"PING\r\n")
     assert server.process.wait(PATIENCE) > 0
     assert "TypeError" in server.stderr()
+    assert is_over(silent)
 
 
 FULL = """

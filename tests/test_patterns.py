@@ -90,7 +90,7 @@ def test_what_waiting_costs(start):
     busy, loop, core = more["busy"], more["kqueue"], used.pop("busy")
     assert max(used.values()) < 0.1, used
     # Others may want the core as well, so "most of it" is not asked for.
-    assert core > 0.2 and core > 10 * max(used.values()), (core, used)
+    assert 0.2 < core < 60 and core > 10 * max(used.values()), (core, used)
     assert min(busy["used_cpu_user"], busy["used_cpu_sys"]) > 0.01
     assert busy["involuntary_context_switches"] >= 0
     # Nearly all of its polls were in vain; 4 was woken for the second INFO.

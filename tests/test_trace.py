@@ -111,12 +111,15 @@ def test_single_and_busy(thinking):
 def test_a_handler_that_blocks(tmp_path):
     """Meanwhile threads serve others, the loop nobody. In ASCII, too."""
     traced = Traced(tmp_path, "blocking", "multi", "kqueue", encoding="ascii")
-    for name, lane in ("multi", "serves client 1"), ("kqueue", "event loop"):
+    sleepers = ("multi", "serves client 1", 1), ("kqueue", "event loop", 2)
+    for name, lane, waiting in sleepers:
         lanes = traced.lanes(name)
         spans = sum(lanes.values(), [])
         (asleep,) = [span for span in spans if span["name"] == "sleep"]
         assert asleep in lanes[lane] and asleep["dur"] > 490_000
         waits = sum(traced.lanes(name, WAITS).values(), [])
+        # On a loaded machine others may wait as long, for a core.
+        assert sum(wait["dur"] > 400_000 for wait in waits) >= waiting
         served = [
             wait
             for wait in waits

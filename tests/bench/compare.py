@@ -97,8 +97,8 @@ class Demo:
 
 
 def ask_eight_at_once(server):
-    crowd = Crowd(server.host, server.port, Demo)
-    crowd.name = os.path.basename(server.script)
+    name = os.path.basename(server.script)
+    crowd = Crowd(server.host, server.port, Demo, name)
     crowd.run()
     if crowd.mistakes:
         raise Failed(f"{crowd.name}: {crowd.mistakes[0]}")
