@@ -89,16 +89,16 @@ demo-kqueue:
 # A transcript is made anew when the server or the client has changed. It is
 # always that of the same clients, else it would differ for no good reason.
 build/$(SINGLE).txt: $(SINGLE).py client.py
-	@$(RUN) client.py --server $(SINGLE).py --transcript $@
+	@mkdir -p build; $(RUN) client.py --server $(SINGLE).py --transcript $@
 
 build/$(MULTI).txt: $(MULTI).py client.py
-	@$(RUN) client.py --server $(MULTI).py --transcript $@
+	@mkdir -p build; $(RUN) client.py --server $(MULTI).py --transcript $@
 
 build/$(BUSY).txt: $(BUSY).py client.py
-	@$(RUN) client.py --server $(BUSY).py --transcript $@
+	@mkdir -p build; $(RUN) client.py --server $(BUSY).py --transcript $@
 
 build/$(KQUEUE).txt: $(KQUEUE).py client.py
-	@$(RUN) client.py --server $(KQUEUE).py --transcript $@
+	@mkdir -p build; $(RUN) client.py --server $(KQUEUE).py --transcript $@
 
 diff: $(TRANSCRIPTS)
 	diff build/$(SINGLE).txt build/$(MULTI).txt

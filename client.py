@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import pathlib
 import re
 import resource
 import select
@@ -28,10 +27,8 @@ import time
 
 WIDTH = 79  # columns to draw in
 MOST_LINES = 20  # to draw; of more clients than that, a sample is shown
-TICK = 0.2  # seconds between two redraws
+WAITS, TALKS = "░█" if "utf" in sys.stdout.encoding.lower() else ".#"
 CONNECTING = 100  # clients at once: the queue for accept is finite
-ATTEMPTS = 10  # to connect, each after a longer pause
-GRACE = 2  # seconds; who is not connected by then is not waited for
 STILL = 0.1  # seconds; if nobody new is answered, the others have to wait
 
 
@@ -44,143 +41,123 @@ class Visitor:
 
     def __init__(self, number):
         self.number = number
-        self.begin = self.end = 0.0  # end is 0 while it is there
-        self.asked = None  # when it asked what is not answered yet
-        self.waits = []  # pairs: when it asked, when it was answered
-        self.transcript = []  # a line for each request
+        self.end = 0.0  # when it left; 0 while it is there
+        self.waits = []  # [when it asked, when it was answered], or None
+        self.transcript = ""  # a line for each request
 
 
 class Crowd:
-    """All visitors of one server. The options are the command line's."""
+    """All clients of one server. The options are the command line's."""
 
-    def __init__(self, host, port, options, name="the server"):
-        self.host, self.port, self.name = host, port, name
-        self.options = options
+    def __init__(self, options, name="the server"):
+        self.options, self.name = options, name
         self.visitors = [Visitor(n + 1) for n in range(options.connections)]
-        self.connected, self.answered = set(), set()  # visitors, so far
+        self.firsts = []  # when each visitor had its first reply
         self.counts = []  # the replies to INCR, of all visitors
-        self.mistakes = []  # sentences: what was not as it should be
-        self.start = self.stopped = 0.0
         self.midway = self.info = b""  # INFO with all there, and at the end
+        self.start = self.stopped = 0.0
+        self.problem = None  # a sentence, if something went wrong
+        self.transcript = ""  # what was said, client by client, not by time
         # Keys of our own: the server may have been running for a while.
         self.prefix = f"{os.getpid()}-{time.time_ns():x}:"
 
     @property
     def elapsed(self):
         """Seconds from the start until the last has left, or until now."""
-        ends = [visitor.end for visitor in self.visitors]
-        now = self.stopped or time.monotonic()
-        return (max(ends) if all(ends) else now) - self.start
+        return (self.stopped or time.monotonic()) - self.start
 
-    @property
-    def transcript(self):
-        """What was said, client by client, so not by time."""
-        return "".join(line for v in self.visitors for line in v.transcript)
-
-    def run(self, watch=lambda: None):
-        """Hold all conversations, or raise Failed; call `watch` meanwhile."""
-        limit = self.options.timeout  # seconds
+    def run(self, host, port, watch=lambda: None):
+        """Hold all conversations. Sets `problem` if something goes wrong."""
+        self.address = host, port
+        limit, text = self.options.timeout, None
         try:
             asyncio.run(asyncio.wait_for(self.talk(watch), limit))
+        except Failed as failure:
+            text = str(failure)
         except asyncio.TimeoutError:
-            served = sum(visitor.end > 0 for visitor in self.visitors)
-            text = f"{served} of {len(self.visitors)} clients were served"
-            raise Failed(f"time ran out after {limit:g} s: {text}") from None
+            text = f"time ran out after {limit:g} s"
         except (OSError, OverflowError) as error:
-            what = "lost the" if self.answered else "no"
-            where = f"connection to {self.host}:{self.port}"
-            raise Failed(f"{what} {where}: {error}") from None
+            text = f"no connection to {host}:{port}: {error}"
         except (EOFError, asyncio.LimitOverrunError, ValueError):
             text = "a connection was closed, or a reply is not in RESP"
-            raise Failed(text) from None
-        finally:
-            self.stopped = time.monotonic()
+        self.stopped = self.stopped or time.monotonic()
+        self.transcript = "".join(v.transcript for v in self.visitors)
+        self.problem = text and f"{self.name}: {text}"
 
     async def talk(self, watch):
         # What fails is raised below; asyncio need not print it for each, too.
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)
         self.gate = asyncio.Semaphore(CONNECTING)
-        self.all_open = asyncio.Event()  # all are connected, or cannot be
         self.midway_asked = asyncio.Event()  # before that, nobody leaves
-        self.start = self.news = time.monotonic()
+        self.start = time.monotonic()
         visits = asyncio.gather(*map(self.visit, self.visitors))
         while not visits.done():
-            await asyncio.wait([visits], timeout=TICK)
-            if time.monotonic() > self.news + GRACE:
-                self.all_open.set()
+            await asyncio.wait([visits], timeout=0.2)  # then redraw
             watch()
         visits.result()  # raises what a visit has raised
-        # No INCR may be lost or done twice.
-        async with self.connection() as ask:
-            total, different = len(self.counts), len(set(self.counts))
-            reply = await ask("INCRBY", "counter", "0")
-            if reply != b":%d\r\n" % total or different < total:
-                text = f"after {total} INCRs the counter is {reply[:40]!a}"
-                self.mistakes.append(f"{text}, {different} numbers were given")
-            self.info = await ask("INFO")
+        self.stopped = time.monotonic()
+        # No INCR may be lost, or done twice: each number comes once.
+        total = len(self.counts)
+        lost = set(range(1, total + 1)).difference(self.counts)
+        if lost:
+            raise Failed(f"{len(lost)} of {total} INCRs were not counted")
+        streams = await asyncio.open_connection(*self.address)
+        with contextlib.closing(streams[1]):
+            self.info = await self.ask(*streams, "INFO")
 
-    async def visit(self, visitor, attempt=1):
-        visitor.begin = visitor.asked = self.start
-        try:
-            async with self.connection() as ask:
-                self.news = time.monotonic()
-                self.connected.add(visitor)
-                if len(self.connected) == len(self.visitors):
-                    self.all_open.set()
-                await self.converse(visitor, ask)
-            visitor.end = time.monotonic()
-        except OSError:
-            # The kernel's queue may be full, but not for the first one. To
-            # send the first request, a SET, twice does no harm.
-            if visitor.waits or visitor.number == 1 or attempt == ATTEMPTS:
-                raise
-            await asyncio.sleep(0.1 * attempt)
-            await self.visit(visitor, attempt + 1)
+    async def visit(self, visitor):
+        while not visitor.end:
+            visitor.waits = [[self.start, None]]
+            try:
+                async with self.gate:
+                    streams = await asyncio.open_connection(*self.address)
+                with contextlib.closing(streams[1]):
+                    await self.converse(visitor, *streams)
+                visitor.end = time.monotonic()
+            except OSError:
+                # The kernel's queue may be full, but not for the first one.
+                # To send the first request, a SET, twice does no harm.
+                if visitor.transcript or visitor.number == 1:
+                    raise
+                await asyncio.sleep(0.1)
 
-    async def converse(self, visitor, ask):
+    async def converse(self, visitor, *streams):
         for turn in range(self.options.requests):
             if turn:
                 await asyncio.sleep(self.options.think)
-                visitor.asked = time.monotonic()
-            words, right = request(visitor.number, turn)
-            reply = await ask(*words)
-            visitor.waits.append((visitor.asked, time.monotonic()))
-            visitor.asked = None
-            said = f"client {visitor.number}: {' '.join(words)}"
-            answer = ascii(reply[:80].decode("latin-1"))
-            if right is None and re.fullmatch(rb":[0-9]{1,18}\r\n", reply):
-                self.counts.append(int(reply[1:]))
-                answer = "a number"
-            elif reply != right:
-                self.mistakes.append(f"{said} was answered with {answer}")
-            visitor.transcript.append(f"{said} -> {answer}\n")
+                visitor.waits.append([time.monotonic(), None])
+            line, right = request(visitor.number, turn)
+            reply = await self.ask(*streams, line)
+            visitor.waits[-1][1] = time.monotonic()
+            self.check(visitor, line, reply, right)
             if turn == 0:
-                first = not self.answered
-                self.answered.add(visitor)
-                self.news = time.monotonic()
-            await self.all_open.wait()  # so that all are there together
+                self.firsts.append(time.monotonic())
+                first = len(self.firsts) == 1
             if first and turn == self.options.requests // 2:
-                while len(self.answered) < len(self.visitors):
-                    if time.monotonic() > self.news + STILL:
-                        break  # the server keeps the others waiting
+                while len(self.firsts) < len(self.visitors):
+                    if time.monotonic() > self.firsts[-1] + STILL:
+                        break  # the server lets the others wait
                     await asyncio.sleep(0.01)
-                self.midway = await ask("INFO")
+                self.midway = await self.ask(*streams, "INFO")
                 self.midway_asked.set()
         await self.midway_asked.wait()
 
-    @contextlib.asynccontextmanager
-    async def connection(self):
-        """Open a connection, and lend a function that asks."""
-        async with self.gate:
-            streams = await asyncio.open_connection(self.host, self.port)
-        with contextlib.closing(streams[1]):
-            yield lambda *words: self.ask(*streams, *words)
+    def check(self, visitor, line, reply, right):
+        """Add a reply to the transcript. Raises Failed if it is wrong."""
+        said = f"client {visitor.number}: {line}"
+        answer = ascii(reply[:80].decode("latin-1"))
+        if right is None and re.fullmatch(rb":[0-9]{1,18}\r\n", reply):
+            self.counts.append(int(reply[1:]))
+            answer = "a number"
+        elif reply != right:
+            raise Failed(f"{said} was answered with {answer}")
+        visitor.transcript += f"{said} -> {answer}\n"
 
-    async def ask(self, reader, writer, command, *words):
+    async def ask(self, reader, writer, line):
         """Send a request; return its reply, as the bytes that came."""
-        if words:
-            words = self.prefix + words[0], *words[1:]
-        writer.write(encode(command, *words))
+        # Redis takes a line of words, as one types it, as well as arrays.
+        line = line.replace(" ", f" {self.prefix}", 1)  # in front of the key
+        writer.write(f"{line}\r\n".encode())
         reply = await reader.readuntil(b"\r\n")
         if reply.startswith(b"$") and reply != b"$-1\r\n":
             reply += await reader.readexactly(int(reply[1:]) + 2)
@@ -191,102 +168,63 @@ def request(number, turn):
     """Return a visitor's request, and the right reply: None for a number."""
     key, value = f"key:{number}", f"value-{number}.{turn // 4 + 1}"
     if turn % 2:
-        return ("INCR", "counter"), None
+        return "INCR counter", None
     if turn % 4:
-        return ("GET", key), f"${len(value)}\r\n{value}\r\n".encode()
-    return ("SET", key, value), b"+OK\r\n"
+        return f"GET {key}", f"${len(value)}\r\n{value}\r\n".encode()
+    return f"SET {key} {value}", b"+OK\r\n"
 
 
-def encode(*words):
-    """Return a request in RESP, Redis's protocol: an array of bulk strings."""
-    parts = [b"$%d\r\n%b\r\n" % (len(w), w) for w in map(str.encode, words)]
-    return b"*%d\r\n%b" % (len(words), b"".join(parts))
+@contextlib.contextmanager
+def started(script, timeout, command=None):
+    """Run a server while a `with` block lasts; yield its process, with `port`.
 
-
-class Server:
-    """Runs a server script on a free port while a `with` block lasts.
-
-    Afterwards `problem` says how the script has ended, if not as it should.
+    Raises Failed if it does not start, or end well, in `timeout` seconds.
     """
-
-    def __init__(self, script, timeout, command=None):
-        self.script, self.timeout = script, timeout  # seconds, to start or end
-        self.command = command or [sys.executable, script, "--port", "0"]
-        self.problem = None
-
-    def __enter__(self):
-        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE)
+    command = command or [sys.executable, script, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         try:
-            said = self.process.stdout
-            ready = select.select([said], [], [], self.timeout)[0]
-            line = said.readline().decode(errors="replace") if ready else ""
-            where = re.search(r"listening on (\S+):(\d{1,5})$", line.strip())
+            ready = select.select([process.stdout], [], [], timeout)[0]
+            line = ready[0].readline() if ready else b""
+            where = re.search(rb"listening on (\S+):(\d{1,5})\s*$", line)
             if not where:
-                raise Failed(f"{self.script} did not start: it said {line!a}")
-        except BaseException:  # or we are told to end: so is the server
-            self.process.kill()
-            self.process.wait()
-            raise
-        self.host, self.port = where[1], int(where[2])
-        return self
-
-    def __exit__(self, *error):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(0.2)  # it may have died
-        how = "stopped" if self.process.returncode is None else "died"
-        self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(self.timeout)
-        self.process.kill()
-        status = self.process.wait()
-        self.process.stdout.close()
-        if how == "died" or status not in (0, -signal.SIGTERM):
-            self.problem = f"{self.script} {how}: status {status}"
-
-
-def glyphs():
-    """Return signs for waiting and for talking that stdout can show."""
-    encoding = getattr(sys.stdout, "encoding", None) or ""
-    return "░█" if encoding.lower().startswith("utf") else ".#"
-
-
-def sample(things, most=MOST_LINES):
-    """Return `most` of the things, evenly spread, or all if they are fewer."""
-    if len(things) <= most:
-        return things
-    return [things[i * (len(things) - 1) // (most - 1)] for i in range(most)]
+                raise Failed(f"{script} did not start: it said {line!r}")
+            process.host, process.port = where[1].decode(), int(where[2])
+            yield process
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)  # if it is dying, let it
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout)
+        finally:
+            process.kill()  # it does not stay, whatever happens to us
+    if process.returncode not in (0, -signal.SIGTERM):
+        raise Failed(f"{script} ended with status {process.returncode}")
 
 
 def drawing(crowd, scale):
-    """Return lines of text: what each did until now, in `scale` seconds."""
-    waiting, talking = glyphs()
-    now = crowd.start + crowd.elapsed
-    margin = len(str(len(crowd.visitors))) + 2
+    """Yield lines of text: what each did until now, in `scale` seconds."""
+    now, count = crowd.start + crowd.elapsed, len(crowd.visitors)
+    margin = len(str(count)) + 1
     head = f"{crowd.name:.50}: {crowd.elapsed:.2f} s"
-    lines = [head + f"0 to {scale:.2f} s".rjust(WIDTH - len(head))]
-    for visitor in sample(crowd.visitors):
-        going_on = [(visitor.asked, now)] if visitor.asked else []
-        spans = [(talking, visitor.begin, visitor.end or now)]
-        spans += [(waiting, *wait) for wait in visitor.waits + going_on]
-        row = [" "] * (WIDTH - margin)
-        for sign, *times in spans:
-            columns = [(t - crowd.start) / scale * len(row) for t in times]
-            first, last = map(round, columns)
-            if sign == talking:
-                last = max(last, first + 1)  # who was there is seen
-            row[first:last] = sign * (last - first)
-        text = f"{visitor.number:{margin - 1}} " + "".join(row)
-        lines.append(text.rstrip()[:WIDTH])
-    return lines
+    yield head + f"0 to {scale:.2f} s".rjust(WIDTH - len(head))
+
+    def column(when):
+        return round((when - crowd.start) / scale * (WIDTH - margin - 1))
+
+    for visitor in crowd.visitors[:: (count - 1) // MOST_LINES + 1]:
+        row = [TALKS] * max(column(visitor.end or now), 1)
+        for asked, answered in visitor.waits:
+            first, last = column(asked), column(answered or now)
+            row[first:last] = WAITS * (last - first)
+        yield f"{visitor.number:{margin}} " + "".join(row)
 
 
 def results(crowd):
     """Return a column of the table, {row: text}, with some figures of INFO."""
-    firsts = [v.waits[0][1] - crowd.start for v in crowd.visitors if v.waits]
     words = os.path.splitext(crowd.name)[0].replace("_", " ")
     rows = {"": textwrap.shorten(words, 13, placeholder="") or words[:13]}
     rows["time elapsed"] = f"{crowd.elapsed:.2f} s"
-    rows["first reply, worst"] = f"{max(firsts, default=0):.3f} s"
+    rows["first reply, worst"] = f"{max(crowd.firsts) - crowd.start:.3f} s"
     for row, info, name in [
         ("threads, midway", crowd.midway, b"threads"),
         ("CPU seconds", crowd.info, b"used_cpu_(?:user|sys)"),
@@ -300,15 +238,11 @@ def results(crowd):
 
 
 def table(columns, names, indent=""):
-    """Return a line for each name; the columns are {name: text}."""
+    """Yield a line for each name; the columns are {name: text}."""
     width = min((WIDTH - 21) // len(columns), 15)
-    lines = []
     for name in names:
-        texts = [rows.get(name, "-") for rows in columns]
-        if set(texts) != {"-"}:
-            cells = "".join(text.rjust(width) for text in texts)
-            lines.append(f"{indent + name:21}{cells}")
-    return lines
+        cells = [rows.get(name, "-").rjust(width) for rows in columns]
+        yield f"{indent + name:21}" + "".join(cells)
 
 
 def raise_descriptor_limit(needed):
@@ -334,42 +268,38 @@ def command_line():
     add("--server", metavar="SCRIPT", help="start it, stop it again", **many)
     add("--transcript", metavar="FILE", help="write what was said", **many)
     options = parser.parse_args()
-    least = {"connections": 1, "requests": 1, "think": 0, "timeout": 0.001}
-    for name in least:
-        if not least[name] <= getattr(options, name) < 1e6:
-            parser.error(f"--{name} must be {least[name]} or more")
+    for name in "connections", "requests", "think", "timeout":
+        least = int(name in ("connections", "requests"))
+        if not least <= getattr(options, name) < 1e6:
+            parser.error(f"--{name} must be {least} or more")
     if len(options.transcript) not in (0, len(options.server or [None])):
         parser.error("--transcript goes once with each --server")
     return options
 
 
-def visit(script, options, scale, live):
-    """Visit a server, of our own if there is a script; return the Crowd."""
-    lines = []
+def visit(crowd, script, scale, live):
+    """Let a crowd visit a server, of our own if there is a script."""
+    options, lines = crowd.options, []
 
-    def redraw():
-        up = f"\x1b[{len(lines)}A" if lines else ""  # to its first line
-        lines[:] = drawing(crowd, max(scale, crowd.elapsed))
-        print(up + "\x1b[K\n".join(lines), end="\x1b[K\n", flush=True)
+    def watch():
+        if live:
+            up = f"\x1b[{len(lines)}A" if lines else ""  # to its first line
+            lines[:] = drawing(crowd, max(scale, crowd.elapsed))
+            print(up + "\x1b[K\n".join(lines), end="\x1b[K\n", flush=True)
 
-    own = Server(script, options.timeout) if script else None
-    with own or contextlib.nullcontext(options) as server:
-        name = os.path.basename(script or "the server")
-        crowd = Crowd(server.host, server.port, options, name)
-        try:
-            crowd.run(redraw if live else lambda: None)
-        except Failed as failure:
-            crowd.mistakes.insert(0, str(failure))
-    if own and own.problem:
-        crowd.mistakes.insert(0, own.problem)
-    return crowd
+    own = script and started(script, options.timeout)
+    try:
+        with own or contextlib.nullcontext(options) as server:
+            crowd.run(server.host, server.port, watch)
+    except Failed as failure:  # the server's end explains what the crowd saw
+        crowd.problem = str(failure)
 
 
 def main():
     options = command_line()
     raise_descriptor_limit(options.connections + 50)
     what = f"{options.connections} clients, {options.requests} requests each"
-    legend = "{} waits for the server   {} talks".format(*glyphs())
+    legend = f"{WAITS} waits for the server   {TALKS} talks"
     print(f"{what}, {options.think:g} s apart   {legend}", flush=True)
     # One scale of time for all: room for one after the other, if that can end.
     alone = (options.requests - 1) * options.think
@@ -381,20 +311,21 @@ def main():
         live = columns > WIDTH and lines > MOST_LINES + 1
     crowds = []
     for number, script in enumerate(options.server or [None]):
-        crowds.append(crowd := visit(script, options, scale, live))
+        crowd = Crowd(options, os.path.basename(script or "the server"))
+        visit(crowd, script, scale, live)
+        if crowd.start:
+            crowds.append(crowd)
         if options.transcript:
-            path = pathlib.Path(options.transcript[number])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(crowd.transcript, encoding="utf-8")
-        if crowd.mistakes:
+            with open(options.transcript[number], "w") as file:
+                file.write(crowd.transcript)
+        if crowd.problem:
             break
-    longest = max(scale, *(crowd.elapsed for crowd in crowds))
+    longest = max([scale, *(crowd.elapsed for crowd in crowds)])
     if not live or longest > scale:  # it took longer than expected
         for each in crowds:
             print(*drawing(each, longest), sep="\n")
-    if crowd.mistakes:
-        where = f"{crowd.name}: " if options.server else ""
-        raise Failed(where + crowd.mistakes[0])
+    if crowd.problem:
+        raise Failed(crowd.problem)
     if len({each.transcript for each in crowds}) > 1:
         raise Failed("not all transcripts are the same")
     if len(crowds) > 1:
@@ -407,10 +338,8 @@ def main():
 if __name__ == "__main__":
     # Whoever ends this client ends the server that it has started, too.
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="backslashreplace")
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except BrokenPipeError:  # whoever read our output has gone

@@ -12,18 +12,19 @@ import pty
 import re
 import resource
 import signal
+import socketserver
 import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 import types
 
 import pytest
 from conftest import (
-    HERE, LIMIT, SCRIPTS, SERVERS_DIR, bulk, needs, run, slowly, together, wait_for,
+    HERE, LIMIT, SCRIPTS, SERVERS_DIR, load, needs, run, slowly, together, wait_for,
 )  # fmt: skip
-from fake_server import right, spoiled, start
 
 ALL = [SERVERS_DIR / script for script in SCRIPTS.values()]
 KQUEUE = ALL[-1]
@@ -32,19 +33,12 @@ sys.path.insert(0, str(HERE.parent))
 
 import client  # noqa: E402
 
+application = load("kqueue")
+
 
 def run_client(*options, **more):
     """Run client.py, with the standard library only; return as run does."""
     return run(*CLIENT, *options, **more)
-
-
-def visit(port, **options):
-    """Visit a server from here; return its Crowd."""
-    usual = {"connections": 8, "requests": 4, "think": 0, "timeout": LIMIT}
-    options = types.SimpleNamespace(**{**usual, **options})
-    crowd = client.Crowd("127.0.0.1", port, options)
-    crowd.run()
-    return crowd
 
 
 def check_failure(result, *words):
@@ -62,22 +56,54 @@ def drawings_of(output, signs="░█"):
         head = re.search(r": [\d.]+ s +0 to ([\d.]+) s$", line)
         if head:
             found.append((float(head[1]), []))
-        row = re.fullmatch(rf" +\d+ ([{signs} ]*)", line)
+        row = re.fullmatch(rf" +\d+ ([{signs}]*)", line)
         if row:
             found[-1][1].append(row[1])
     return found
 
 
+def right(line):
+    """Reply to a line as a right server would."""
+    session = application.Session({"pattern": "a fake"})
+    session.receive(line)
+    return session.answer()
+
+
+def spoiled(command, wrong):
+    """Return a function that replies rightly, but not to one command."""
+    return lambda line: wrong if line.split()[0] == command else right(line)
+
+
+class Serve(socketserver.StreamRequestHandler):
+    def handle(self):
+        with contextlib.suppress(OSError):  # the client may go when it likes
+            for line in self.rfile:
+                if (reply := self.server.reply(line)) is None:
+                    break  # which closes the connection
+                self.wfile.write(reply)
+
+
+class Fake(socketserver.ThreadingTCPServer):
+    request_queue_size, daemon_threads, block_on_close = 100, True, False
+
+
 @pytest.fixture
 def fake():
-    """Start fake servers; all are closed in the end."""
-    with contextlib.ExitStack() as stack:
-        yield lambda reply=right: start(reply, stack)
+    """Start a server in threads of this test, which replies as it is told."""
+    with Fake(("127.0.0.1", 0), Serve) as server:
+
+        def start(reply=right):
+            server.reply = reply
+            threading.Thread(target=server.serve_forever).start()
+            return server.server_address[1]
+
+        yield start
+        server.shutdown()
 
 
 def test_side_by_side(tmp_path):
     """All servers in one run: on one scale of time, and in one table."""
-    files = [tmp_path / "new" / script.stem for script in ALL]
+    files = [tmp_path / script.stem for script in ALL]
     options = []
     for script, file in zip(ALL, files):
         options += ["--server", script, "--transcript", file]
@@ -147,12 +173,15 @@ def test_connecting_again(fake, monkeypatch):
         return await real(*where, **more)
 
     monkeypatch.setattr(asyncio, "open_connection", refuse_some)
-    assert visit(fake()).mistakes == [] and next(calls) > 12
+    options = {"connections": 8, "requests": 4, "think": 0, "timeout": LIMIT}
+    crowd = client.Crowd(types.SimpleNamespace(**options))
+    crowd.run("127.0.0.1", fake())
+    assert crowd.problem is None and next(calls) > 12
 
 
 def test_longer_than_expected(fake):
     """More time than there was room for: another scale. And plain ASCII."""
-    port = fake(lambda words: time.sleep(0.1) or right(words))
+    port = fake(lambda line: time.sleep(0.1) or right(line))
     options = "--port", port, "--think", 0, "--requests", 3
     status, out, err = run_client(*options, encoding="ascii")
     assert status == 0, err
@@ -178,7 +207,7 @@ def test_live(fake, lines, grows):
         os.close(ours)
     assert process.returncode == 0, shown
     states = shown.decode().replace("\x1b[K", "").split("\x1b[9A")
-    rows = [drawings_of(state)[-1][1] for state in states]
+    rows = [drawings_of(state.replace("\r", ""))[-1][1] for state in states]
     assert all(len(of_one_state) == 8 for of_one_state in rows)
     assert (len(rows[0][0]) < len(rows[-1][0])) == (len(rows) > 1) == grows
 
@@ -186,13 +215,12 @@ def test_live(fake, lines, grows):
 @pytest.mark.parametrize(
     "command, wrong, word",
     [
-        (b"SET", b"-ERR no\r\n", "SET"),
+        (b"SET", b"-ERR no\r\n", "client 1: SET key:1 value-1.1"),
         (b"GET", b"$-1\r\n", "GET"),
         (b"GET", b"$x\r\n", "not in RESP"),
-        pytest.param(b"GET", b"v" * 70_000, "not in RESP", id="endless"),
-        (b"INCR", b":1\r\n", "counter"),
-        (b"INCRBY", b":15\r\n", "counter"),
-        (b"SET", b"$5\r\nab", "ran out after 0.5 s: 0 of 8 clients"),
+        (b"INCR", b":1\r\n", "15 of 16 INCRs were not counted"),
+        (b"INCR", b":1.5\r\n", "INCR counter was answered"),
+        (b"SET", b"$5\r\nab", "ran out after 0.5 s"),
         (b"GET", None, "closed"),
         (b"INFO", None, "closed"),
     ],
@@ -201,21 +229,10 @@ def test_wrong_reply(fake, command, wrong, word):
     """A wrong reply is found, and told in a plain sentence."""
     options = "--think", 0, "--timeout", 0.5 if "ran out" in word else LIMIT
     port = fake(spoiled(command, wrong))
-    check_failure(run_client("--port", port, *options), word)
-
-
-def test_server_closes_all(fake):
-    """Connections that are closed, or reset: one sentence, the drawing first."""
-    for reply, word in (None, "connection"), (lambda words: None, "closed"):
-        result = run_client("--port", fake(reply), "--connections", 50)
-        check_failure(result, word)
-
-
-def test_info_that_is_no_number(fake):
-    """A figure that INFO does not tell is a row less, and no mistake."""
-    reply = bulk(b"threads:many\r\nused_cpu_user:1\r\n")
-    status, out, err = run_client("--port", fake(spoiled(b"INFO", reply)))
-    assert status == 0 and "elapsed" in out and "threads" not in out, err
+    result = run_client("--port", port, "--connections", 8, *options)
+    check_failure(result, "the server: ", word)
+    ((_, rows),) = drawings_of(result[1])  # what was seen until then
+    assert len(rows) == 8
 
 
 BAD_STARTS = [
@@ -230,20 +247,20 @@ def test_bad_start(tmp_path, code):
     """A server that does not say where it listens is named, and ended."""
     script = tmp_path / "bad.py"
     script.write_text(code)
-    server = client.Server(str(script), 0.5 if "sleep" in code else LIMIT)
+    server = client.started(script, 0.5 if "sleep" in code else LIMIT)
     with pytest.raises(client.Failed, match="bad.py did not start.{0,250}$"):
         server.__enter__()
-    assert server.process.poll() is not None
 
 
 def wrapped(tmp_path, code):
     """Return a script that runs a server, after some code of its own."""
-    script = tmp_path / "wrapped.py"
-    script.write_text(
-        f"import builtins, os, runpy, threading\n{code}\n"
+    note = f"os.symlink(str(os.getpid()), {str(tmp_path / 'pid')!r})"
+    path = tmp_path / "wrapped.py"
+    path.write_text(
+        f"import builtins, os, runpy, threading\n{note}\n{code}\n"
         f"runpy.run_path({str(ALL[2])!r}, run_name='__main__')\n"
     )
-    return script
+    return path
 
 
 DIES = """
@@ -255,16 +272,12 @@ FAILS = "import signal; signal.signal(15, lambda *_: os._exit(3))"
 STAYS = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {15})"
 
 
-@pytest.mark.parametrize(
-    "code, how",
-    [(DIES, "died: status 7"), (FAILS, "stopped: status 3"),
-     (STAYS, "stopped: status -9")],
-)  # fmt: skip
-def test_server_ends_badly(tmp_path, code, how):
+@pytest.mark.parametrize("code, status", [(DIES, 7), (FAILS, 3), (STAYS, -9)])
+def test_server_ends_badly(tmp_path, code, status):
     """A server that dies, fails at the end or does not end is named."""
     options = "--think", 0.2, "--timeout", 2 if code == STAYS else LIMIT
     result = run_client("--server", wrapped(tmp_path, code), *options)
-    check_failure(result, f"wrapped.py {how}")
+    check_failure(result, f"wrapped.py ended with status {status}")
     ((_, rows),) = drawings_of(result[1])  # what was seen until then
     assert len(rows) == 8 and all(rows)
 
@@ -274,18 +287,17 @@ def test_a_server_that_replies_wrongly(tmp_path):
     script = tmp_path / "other.py"
     script.write_text(KQUEUE.read_text().replace('b"+OK', 'b"+Ok'))
     result = run_client("--server", KQUEUE, "--server", script)
-    check_failure(result, "other.py: client 1: SET key:1 value-1.1", "+Ok")
+    check_failure(result, "other.py: client ", ": SET key:", "+Ok")
     assert len(drawings_of(result[1])) == 2
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    "code, number",
+    [("", signal.SIGINT), (STAYS, signal.SIGTERM), ("", signal.SIGHUP)],
 )
-def test_ended_from_outside(tmp_path, number):
+def test_ended_from_outside(tmp_path, code, number):
     """Whoever ends the client ends the server that it has started."""
-    note = tmp_path / "pid"
-    code = f"os.symlink(str(os.getpid()), {str(note)!r})"  # in one step
-    script = wrapped(tmp_path, code)
+    note, script = tmp_path / "pid", wrapped(tmp_path, code)
     command = [*CLIENT, "--server", str(script), "--think", "50"]
     with subprocess.Popen(command) as process:
         wait_for(note.is_symlink, "the server runs")
@@ -296,7 +308,7 @@ def test_ended_from_outside(tmp_path, number):
 
 
 NONSENSE = """--host nonsense.invalid, --port 99999, --connections 0,
---requests 0, --timeout 0, --think nan, --think -1, --connections 1000000,
+--requests 0, --timeout -1, --think nan, --think -1, --connections 1000000,
 --transcript a --transcript b"""
 
 
@@ -315,9 +327,10 @@ def test_nonsense():
 
 def test_output_that_cannot_be_written(fake, tmp_path):
     """A transcript: one sentence. Nobody reads stdout any more: nothing."""
-    result = run_client("--port", fake(), "--transcript", tmp_path)
+    port = fake()
+    result = run_client("--port", port, "--transcript", tmp_path)
     check_failure(result, "directory", str(tmp_path))
-    command = *CLIENT, "--port", fake()
+    command = *CLIENT, "--port", port
     assert run("sh", "-c", '"$0" "$@" | true', *command)[2] == ""
 
 

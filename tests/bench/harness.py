@@ -18,14 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from client import (  # noqa: E402, F401
+    MOST_LINES,
+    TALKS,
+    WAITS,
     Crowd,
     Failed,
-    Server,
-    encode,
-    glyphs,
     raise_descriptor_limit,
     results,
-    sample,
+    started,
     table,
 )
 
@@ -42,24 +42,21 @@ TIMEOUT = 20  # seconds for a server to start in, to stop in, to answer in
 # ---- Servers ----------------------------------------------------------------
 
 
-class Checked(Server):
-    """A Server that raises Failed afterwards if it has not ended well."""
-
-    def __exit__(self, error, *details):
-        super().__exit__(error, *details)
-        if self.problem and not error:
-            raise Failed(self.problem)
-
-
 def start(name):
     """Return one of the four servers, to be used in a `with` statement."""
-    return Checked(os.path.relpath(ROOT / SCRIPTS[name]), TIMEOUT)
+    return started(os.path.relpath(ROOT / SCRIPTS[name]), TIMEOUT)
 
 
 def running(*command):
     """Return a server that a whole command starts, for a `with` statement."""
     script = next(word for word in command if word.endswith(".py"))
-    return Checked(script, TIMEOUT, command)
+    return started(script, TIMEOUT, command)
+
+
+def encode(*words):
+    """Return a request in RESP, Redis's protocol: an array of bulk strings."""
+    parts = [b"$%d\r\n%b\r\n" % (len(w), w) for w in map(str.encode, words)]
+    return b"*%d\r\n%b" % (len(words), b"".join(parts))
 
 
 class Line:
@@ -129,11 +126,11 @@ def figure(info, *names):
 
 
 def memory(server):
-    """Return the bytes of memory that a Server's process takes now.
+    """Return the bytes of memory that a server's process takes now.
 
     Returns None where nobody can tell.
     """
-    pid = str(server.process.pid)
+    pid = str(server.pid)
     with contextlib.suppress(OSError, IndexError):  # on Linux
         with open(f"/proc/{pid}/status") as status:
             return int(status.read().split("VmRSS:")[1].split()[0]) * 1024
@@ -152,6 +149,11 @@ def machine():
         f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}, "
         f"{platform.python_implementation()} {platform.python_version()}"
     )
+
+
+def sample(things):
+    """Return things to draw, evenly spread, or all if they are few."""
+    return things[:: (len(things) - 1) // MOST_LINES + 1]
 
 
 def write(path, lines):

@@ -4,7 +4,7 @@ As text, for a terminal or a file, and as SVG, for slides.
 """
 
 import collections
-from harness import dumb, glyphs, machine, sample
+from harness import TALKS, WAITS, dumb, machine, sample
 from svg import COLOURS, Picture
 
 WIDTH = 79  # columns
@@ -40,7 +40,7 @@ COLORS = {  # as a terminal numbers them; the others stay as they are
 
 def sign(state, client=None):
     """Return the sign for a state, in colour if stdout is a terminal."""
-    plain = PLAIN if glyphs()[1] == "#" else {}
+    plain = PLAIN if TALKS == "#" else {}
     text = plain.get(state, SIGNS[state])
     if state == "recv" and client:
         text = str(client % 10)  # one column, so one digit
@@ -65,8 +65,7 @@ WORDS = {
 
 def legend(traces):
     """Return lines of text that explain the signs that occur."""
-    waiting, talking = glyphs()
-    clients = [f"{waiting} waits for the server", f"{talking} talks or thinks"]
+    clients = [f"{WAITS} waits for the server", f"{TALKS} talks or thinks"]
     if any(silent(visitor) for t in traces for visitor in t.crowd.visitors):
         clients.append(f"{sign('silent')} has sent half a request, is silent")
     spans = [span for t in traces for lane in t.lanes for span in lane.spans()]
@@ -106,12 +105,11 @@ def drawing(trace, scale):
 
 def client_row(visitor, start, step):
     """Return a text: when a client waits, and when it talks or thinks."""
-    waiting, talking = glyphs()
     row = [" "] * (WIDTH - MARGIN)
     for shown, times in (
-        (talking, [(visitor.begin, visitor.end)]),
+        (TALKS, [(start, visitor.end)]),
         (sign("silent"), [silent(visitor)] if silent(visitor) else []),
-        (waiting, visitor.waits),
+        (WAITS, visitor.waits),
     ):
         for begin, end in times:
             first = round((begin - start) / step)
@@ -199,7 +197,7 @@ def add_server(page, y, trace, pixels):
     """
     page.text(LEFT - 8, y + 8, "clients", "tick", "end")
     for visitor in sample(trace.crowd.visitors):
-        talk = "client-talks", visitor.begin, visitor.end
+        talk = "client-talks", trace.start, visitor.end
         waits = [("client-waits", *wait) for wait in visitor.waits]
         quiet = (
             [("client-silent", *silent(visitor))] if silent(visitor) else []

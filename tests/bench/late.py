@@ -11,7 +11,7 @@ import contextlib
 import sys
 import time
 
-from harness import TIMEOUT, Checked, Failed, Line, encode, run
+from harness import TIMEOUT, Failed, Line, encode, run, started
 
 VALUE = "v" * 900_000
 TIMES = 20
@@ -22,7 +22,7 @@ def main():
     if len(sys.argv) != 2:
         raise Failed("it takes a server")
     left = len("+OK\r\n") + TIMES * len(f"$900000\r\n{VALUE}\r\n")
-    with Checked(sys.argv[1], TIMEOUT) as server:
+    with started(sys.argv[1], TIMEOUT) as server:
         with Line(server, PATIENCE) as line:
             line.send("SET", "big", VALUE)
             line.socket.sendall(encode("GET", "big") * TIMES)

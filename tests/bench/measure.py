@@ -11,12 +11,12 @@ import time
 
 from harness import (
     TIMEOUT,
-    Checked,
     Failed,
     Line,
     cpu_time,
     raise_descriptor_limit,
     run,
+    started,
 )
 
 PINGS = 300
@@ -28,7 +28,7 @@ def main():
     silent = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     raise_descriptor_limit(silent + 50)
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(Checked(sys.argv[1], TIMEOUT))
+        server = stack.enter_context(started(sys.argv[1], TIMEOUT))
         line = stack.enter_context(Line(server))
         line.ask("PING")
         for _ in range(silent):

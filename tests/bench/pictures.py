@@ -32,10 +32,10 @@ def visit(options):
     for name, script in SCRIPTS.items():
         progress(f"{name}: {options.connections} clients")
         with start(name) as server:
-            crowds[script] = Crowd(server.host, server.port, options)
-            crowds[script].run()
-        if crowds[script].mistakes:
-            raise Failed(f"{script}: {crowds[script].mistakes[0]}")
+            crowds[script] = Crowd(options, script)
+            crowds[script].run(server.host, server.port)
+        if crowds[script].problem:
+            raise Failed(crowds[script].problem)
     progress()
     return crowds
 
@@ -62,7 +62,7 @@ def picture(crowds):
         y += 6
         for visitor in sample(crowd.visitors):
             page.text(LEFT - 8, y + 12, str(visitor.number), "tick", "end")
-            bar("talks", visitor.begin, visitor.end)
+            bar("talks", crowd.start, visitor.end)
             for asked, answered in visitor.waits:
                 bar("waits", asked, answered)
             y += ROW

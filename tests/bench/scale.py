@@ -20,11 +20,11 @@ import time
 
 from harness import (
     SCRIPTS,
+    WAITS,
     Failed,
     Line,
     cpu_time,
     encode,
-    glyphs,
     machine,
     memory,
     progress,
@@ -336,7 +336,7 @@ def draw_panel(title, curves, ends, columns=32, height=9):
     A curve's dots are the number of its server, * where several meet.
     """
     x_ends, y_ends = ends
-    blocks = glyphs() == "░█"  # what stdout can show
+    blocks = WAITS == "░"  # what stdout can show
     trail, upright, corner, across = "·│└─" if blocks else ".|+-"
     canvas = [[" "] * columns for _ in range(height)]
 

@@ -16,8 +16,6 @@ BSDs). Should it not be, this ends with a sentence that says so.
 import argparse
 import asyncio
 import collections
-import contextlib
-import contextvars
 import json
 import os
 import sys
@@ -31,7 +29,6 @@ from harness import (
     TIMEOUT,
     Crowd,
     Failed,
-    Server,
     cpu_time,
     encode,
     figure,
@@ -40,6 +37,7 @@ from harness import (
     progress,
     raise_descriptor_limit,
     run,
+    started,
     write,
 )
 from lanes import MARGIN, drawing, legend, picture
@@ -57,8 +55,6 @@ Span = collections.namedtuple("Span", "state begin end client calls failed")
 
 # ---- The scenes -------------------------------------------------------------
 
-here = contextvars.ContextVar("here", default=None)  # whose task this is
-
 
 class Thinking(Crowd):
     """The clients of `make demo`: all talk at once, and think in between."""
@@ -71,42 +67,33 @@ class Thinking(Crowd):
         super().__init__(*arguments)
         self.ports = {}  # port of a connection: the number of its client
 
-    async def visit(self, visitor, attempt=1):
-        here.set(visitor.number)
-        await super().visit(visitor, attempt)
-
-    async def ask(self, reader, writer, *words):
-        self.ports[writer.get_extra_info("sockname")[1]] = here.get()
-        return await super().ask(reader, writer, *words)
+    async def converse(self, visitor, reader, writer):
+        self.ports[writer.get_extra_info("sockname")[1]] = visitor.number
+        await super().converse(visitor, reader, writer)
 
 
 class Pinging(Thinking):
     """The others PING, while the first client does what the scene is about."""
 
-    async def visit(self, visitor):
-        visitor.begin = visitor.asked = time.monotonic()
-        streams = await asyncio.open_connection(self.host, self.port)
-        writer = streams[1]
-        self.ports[writer.get_extra_info("sockname")[1]] = visitor.number
-        with contextlib.closing(writer):
-            if visitor.number == 1:
-                await self.first(visitor, *streams)
-            else:
-                for _ in range(self.options.requests):
-                    await self.talk_once(visitor, *streams, "PING")
-        visitor.end = time.monotonic()
+    async def converse(self, visitor, *streams):
+        port = streams[1].get_extra_info("sockname")[1]
+        self.ports[port] = visitor.number
+        if visitor.number == 1:
+            await self.first(visitor, *streams)
+        else:
+            for _ in range(self.options.requests):
+                await self.talk_once(visitor, *streams, "PING")
 
-    async def talk_once(self, visitor, reader, writer, *words):
+    async def talk_once(self, visitor, reader, writer, line):
         """Think, but not at first; ask; wait until it is answered."""
-        if visitor.waits:
+        if visitor.waits[-1][1]:
             await asyncio.sleep(self.options.think)
-            visitor.asked = time.monotonic()
-        writer.write(encode(*words))
+            visitor.waits.append([time.monotonic(), None])
+        writer.write(f"{line}\r\n".encode())
         reply = await reader.readline()
         if not reply.startswith(b"+"):
-            raise Failed(f"{' '.join(words)} was answered with {reply[:80]!a}")
-        visitor.waits.append((visitor.asked, time.monotonic()))
-        visitor.asked = None
+            raise Failed(f"{line} was answered with {reply[:80]!a}")
+        visitor.waits[-1][1] = time.monotonic()
 
 
 class Quiet(Pinging):
@@ -114,9 +101,9 @@ class Quiet(Pinging):
 
     async def first(self, visitor, reader, writer):
         writer.write(encode("PING")[:-4])
-        visitor.asked = None  # it is the server that waits
+        visitor.waits.clear()  # it is the server that waits
         await asyncio.sleep(QUIET)
-        visitor.silent = visitor.begin, time.monotonic()
+        visitor.silent = self.start, time.monotonic()
 
 
 class Blocking(Pinging):
@@ -124,7 +111,7 @@ class Blocking(Pinging):
 
     async def first(self, visitor, *streams):
         await self.talk_once(visitor, *streams, "PING")
-        await self.talk_once(visitor, *streams, "DEBUG", "SLEEP", "0.5")
+        await self.talk_once(visitor, *streams, "DEBUG SLEEP 0.5")
 
 
 SCENES = {"thinking": Thinking, "quiet": Quiet, "blocking": Blocking}
@@ -140,8 +127,12 @@ class Trace:
         self.crowd = crowd
         self.start = crowd.start
         self.elapsed = crowd.elapsed
+        now = crowd.start + crowd.elapsed
         for visitor in crowd.visitors:  # one who is not served has no end
-            visitor.end = visitor.end or crowd.start + crowd.elapsed
+            visitor.end = visitor.end or now
+            visitor.waits = [
+                (asked, end or now) for asked, end in visitor.waits
+            ]
         self.untraced = untraced  # the Crowd that nobody recorded
         lanes = [Lane(lane, self) for lane in record["lanes"]]
         # A thread that ended before the scene, or began after it, is not seen.
@@ -267,15 +258,15 @@ def play(script, scene, options, record=None):
     command = [sys.executable, script, "--port", "0"]
     if record:
         command[1:1] = [str(RECORDER), record]
-    with Server(script, options.timeout, command) as server:
-        crowd = SCENES[scene](server.host, server.port, options)
-        try:
-            crowd.run()
-        except (Failed, OSError) as error:
-            crowd.mistakes.insert(0, str(error))
-        time.sleep(SETTLE)
-    if server.problem:
-        crowd.mistakes.insert(0, server.problem)
+    crowd = SCENES[scene](options, os.path.basename(script))
+    try:
+        with started(script, options.timeout, command) as server:
+            crowd.run(server.host, server.port)
+            time.sleep(SETTLE)
+    except Failed as failure:
+        if not crowd.start:
+            raise  # there is nothing to draw
+        crowd.problem = str(failure)
     return crowd
 
 
@@ -464,8 +455,8 @@ def main():
         write(options.json, [json.dumps(events(traces)) + "\n"])
         print(f"\nPerfetto and the like open {options.json}.")
     for each in traces:
-        if each.crowd.mistakes:
-            raise Failed(f"{each.script}: {each.crowd.mistakes[0]}")
+        if each.crowd.problem:
+            raise Failed(each.crowd.problem)
 
 
 if __name__ == "__main__":
