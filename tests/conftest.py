@@ -5,7 +5,7 @@ see which test finds it.
 """
 
 import contextlib
-import importlib.util
+import importlib
 import os
 import re
 import select
@@ -39,6 +39,7 @@ LIMIT = 120  # seconds for a program that runs to its end, on a loaded machine
 PROC = Path("/proc/self/fdinfo").exists()
 FREE = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # free-threaded
 
+sys.path.insert(0, str(SERVERS_DIR))
 # A shell's "&" has SIGINT ignored, and so would be all that is started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Whoever ends the tests with `kill` ends the servers that they have started.
@@ -90,12 +91,8 @@ def text_of(name):
 
 
 def load(name):
-    """Import a script, whose name begins with a digit, from its path."""
-    path = SERVERS_DIR / SCRIPTS[name]
-    spec = importlib.util.spec_from_file_location(f"server_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Import a script, whose name begins with a digit."""
+    return importlib.import_module(SCRIPTS[name][:-3])
 
 
 def array(*words):
