@@ -5,7 +5,9 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
-from conftest import HERE, PROC, SCRIPTS, SERVERS_DIR, needs, run, together
+from conftest import (
+    HERE, PROC, SCRIPTS, SERVERS_DIR, needs, run, text_of, together,
+)  # fmt: skip
 
 PATHS = {name: SERVERS_DIR / script for name, script in SCRIPTS.items()}
 OPTIONS = {
@@ -24,20 +26,19 @@ OPTIONS = {
 def tools(tmp_path_factory):
     """All tools, run at the same time: they spend most of it waiting."""
     folder = tmp_path_factory.mktemp("tools")
-    text = PATHS["kqueue"].read_text(encoding="utf-8")
-    text = text.replace("wants != watched and", "False and")
+    text = text_of("kqueue").replace("wants != watched and", "False and")
     (folder / "never_waits.py").write_text(text)
     # Without what is installed, and with no more files than on a Mac.
     shell = "sh", "-c", 'ulimit -Sn 256; exec "$0" -S "$@"', sys.executable
 
     def run_tool(tool):
         path = HERE / "bench" / f"{tool.partition(',')[0]}.py"
-        status, out, err = run(*shell, path, *OPTIONS[tool], cwd=folder)
-        assert all(len(line) <= 79 for line in out.splitlines())
-        return status, out, err
+        return run(*shell, path, *OPTIONS[tool], cwd=folder)
 
-    ended = zip(OPTIONS, together(run_tool, *OPTIONS))
-    return {"folder": folder, **dict(ended)}
+    ended = dict(zip(OPTIONS, together(run_tool, *OPTIONS)))
+    for _, out, _ in ended.values():
+        assert max(map(len, out.splitlines()), default=0) <= 79
+    return {"folder": folder, **ended}
 
 
 def test_compare(tools):
@@ -64,19 +65,19 @@ def test_compare(tools):
 
 def test_pictures(tools):
     """The pictures are XML, their text is text, and they hold no script."""
+    trees = []
     for tool, name in ("pictures", "demo"), ("scale", "scale"):
         status, out, err = tools[tool]
         assert status == 0 and f"{name}.svg" in out, err
-        tree = ElementTree.parse(tools["folder"] / f"{name}.svg")
-        texts = [element.text for element in tree.findall(".//{*}text")]
-        assert not tree.findall(".//{*}script")
-        if name == "demo":
-            assert f"{SCRIPTS['kqueue']}: " in " ".join(texts)
-            bars = [bar.get("class") for bar in tree.findall(".//{*}rect")]
-            # Of each client of each server, and one more in the legend.
-            assert bars.count("talks") == 4 * 8 + 1
-            assert bars.count("waits") == 4 * 8 * 4 + 1
-    assert "4 kqueue loop" in texts and "connections" in texts
+        trees.append(ElementTree.parse(tools["folder"] / f"{name}.svg"))
+        assert not trees[-1].findall(".//{*}script")
+    demo, scale = ([e.text for e in t.findall(".//{*}text")] for t in trees)
+    assert f"{SCRIPTS['kqueue']}: " in " ".join(demo)
+    bars = [bar.get("class") for bar in trees[0].findall(".//{*}rect")]
+    # Of each client of each server, and one more in the legend.
+    assert bars.count("talks") == 4 * 8 + 1
+    assert bars.count("waits") == 4 * 8 * 4 + 1
+    assert "4 kqueue loop" in scale and "connections" in scale
     assert "requests/s, all active" in out and "4 kqueue loop" in out
 
 

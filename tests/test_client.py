@@ -188,14 +188,18 @@ def test_longer_than_expected(fake):
     assert scale >= 0.3 and 70 < max(map(len, rows)) <= 76 and len(rows) == 8
 
 
-@pytest.mark.parametrize("lines, grows", [(24, True), (9, False)])
-def test_live(fake, lines, grows):
-    """On a terminal that is tall enough, the drawing grows in its place."""
+@pytest.mark.parametrize("lines, think", [(24, 0.15), (9, 0.15), (24, 0)])
+def test_live(fake, lines, think):
+    """On a terminal that is tall enough, the drawing grows in its place.
+
+    If it takes longer than expected, its scale grows, and all is drawn anew.
+    """
     ours, theirs = pty.openpty()
     size = struct.pack("HHHH", lines, 80, 0, 0)
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
     env = {**os.environ, "PYTHONIOENCODING": "utf-8", "TERM": "xterm"}
-    command = [*CLIENT, "--port", str(fake()), "--think", "0.15"]
+    port = fake(lambda line: time.sleep(0 if think else 0.15) or right(line))
+    command = [*CLIENT, "--port", str(port), "--think", str(think)]
     with subprocess.Popen(command, stdout=theirs, env=env) as process:
         os.close(theirs)
         shown = b""
@@ -205,9 +209,15 @@ def test_live(fake, lines, grows):
         os.close(ours)
     assert process.returncode == 0, shown
     states = shown.decode().replace("\x1b[K", "").split("\x1b[9A")
-    rows = [drawings_of(state.replace("\r", ""))[-1][1] for state in states]
-    assert all(len(of_one_state) == 8 for of_one_state in rows)
-    assert (len(rows[0][0]) < len(rows[-1][0])) == (len(rows) > 1) == grows
+    drawings = [drawings_of(state.replace("\r", "")) for state in states]
+    assert (len(states) > 1) == (lines == 24)
+    assert len(drawings[-1]) == (1 if think else 2)
+    drawn = sum(drawings, [])
+    for _, rows in drawn:
+        assert len(rows) == 8 and max(map(len, rows)) <= 76
+    (first_scale, first), (last_scale, last) = drawn[0], drawn[-1]
+    assert (first_scale < last_scale) == (think == 0)
+    assert think == 0 or (len(first[0]) < len(last[0])) == (lines == 24)
 
 
 @pytest.mark.parametrize(
@@ -238,16 +248,18 @@ def wrapped(tmp_path, code):
     note = f"os.symlink(str(os.getpid()), {str(tmp_path / 'pid')!r})"
     path = tmp_path / "wrapped.py"
     path.write_text(
-        f"import builtins, os, runpy, sys, threading, time\n{note}\n{code}\n"
+        f"import os, runpy, socket, sys, time\n{note}\n{code}\n"
         f"runpy.run_path({str(ALL[2])!r}, run_name='__main__')\n"
     )
     return path
 
 
 DIES = """
-timer = threading.Timer(0.1, os._exit, [7])
-say = print
-builtins.print = lambda *words, **more: say(*words, **more) or timer.start()
+def send(self, data):
+    self.close()
+    time.sleep(0.1)
+    os._exit(7)
+socket.socket.send = send
 """
 FAILS = "import signal; signal.signal(15, lambda *_: os._exit(3))"
 STAYS = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {15})"
