@@ -94,25 +94,29 @@ def test_diff_and_clean(make, copy):
     assert not (copy / "build").exists()
 
 
-SETTINGS = """PYTHONOPTIMIZE=2 PYTHONWARNINGS=error PYTHONDEVMODE=1
-PYTHONSAFEPATH=1 PYTHONINSPECT=1 PYTHONIOENCODING=ascii PYTHONUTF8=0
-PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONNOUSERSITE=1
-PYTHONHASHSEED=0 PYTHONASYNCIODEBUG=1 PYTHONTRACEMALLOC=5 PYTHONMALLOC=debug
-PYTHONFAULTHANDLER=1 PYTHONBREAKPOINT=0 PYTHONINTMAXSTRDIGITS=640
-PYTHONCOERCECLOCALE=0 PYTHONNODEBUGRANGES=1 PYTHON_COLORS=1 FORCE_COLOR=1
-PYTHONSTARTUP=/none PYTHONPATH=/none LC_ALL=C LANG=C TERM=dumb COLUMNS=20
-LINES=2 NO_COLOR=1 LOGNAME=somebody-with-a-long-name CDPATH=/tmp"""
+SETTINGS = """PYTHONOPTIMIZE=2 PYTHONSAFEPATH=1 PYTHONIOENCODING=ascii
+PYTHONWARNINGS=error PYTHONINSPECT=1 PYTHONUTF8=0 PYTHONBREAKPOINT=0
+PYTHONDEVMODE=1 PYTHONSTARTUP=/none PYTHONPATH=/none PYTHON_COLORS=1
+PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONHASHSEED=0 LC_ALL=C
+PYTHONASYNCIODEBUG=1 PYTHONTRACEMALLOC=5 PYTHONMALLOC=debug FORCE_COLOR=1
+PYTHONFAULTHANDLER=1 PYTHONINTMAXSTRDIGITS=640 PYTHONNOUSERSITE=1 LANG=C
+PYTHONCOERCECLOCALE=0 PYTHONNODEBUGRANGES=1 TERM=dumb COLUMNS=20 LINES=2
+NO_COLOR=1 LOGNAME=somebody-with-a-long-name CDPATH=/tmp"""
 
 
 @gnu
 @pytest.mark.parametrize("target", ["demo", "trace"])
 def test_settings(make, target):
-    """No setting of Python, of the terminal or of a person disturbs it."""
-    settings = [word.partition("=")[::2] for word in SETTINGS.split()]
-    results = together(lambda s: make(target, *ONE, **dict([s])), *settings)
-    for setting, (status, output, err) in zip(settings, results):
-        assert status == 0 and "4_kqueue_loop.py" in output, (setting, err)
-        assert "\x1b" not in output, setting
+    """No setting of Python, of the terminal or of a person disturbs it.
+
+    All of a line are set at once.
+    """
+    lines = [line.split() for line in SETTINGS.splitlines()]
+    settings = [dict(word.split("=") for word in line) for line in lines]
+    results = together(lambda env: make(target, *ONE, **env), *settings)
+    for line, (status, output, err) in zip(lines, results):
+        assert status == 0 and "4_kqueue_loop.py" in output, (line, err)
+        assert "\x1b" not in output, line
 
 
 FAKE = """# Says what it is asked, and knows pytest when it has installed it.
