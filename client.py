@@ -28,8 +28,8 @@ import time
 WIDTH = 79  # columns to draw in
 MOST_LINES = 20  # to draw; of more clients than that, a sample is shown
 WAITS, TALKS = "░█" if "utf" in sys.stdout.encoding.lower() else ".#"
-CONNECTING = 100  # clients at once: the queue for accept is finite
-STILL = 0.1  # seconds; if nobody new is answered, the others have to wait
+CONNECTING = 100  # at the same moment: the queue for accept is finite
+STILL = 0.1  # seconds without a new client served: the others have to wait
 
 
 class Failed(Exception):
@@ -42,21 +42,21 @@ class Visitor:
     def __init__(self, number):
         self.number = number
         self.end = 0.0  # when it left; 0 while it is there
-        self.waits = []  # [when it asked, when it was answered], or None
+        self.waits = []  # of each request [when asked, when answered or None]
         self.transcript = ""  # a line for each request
 
 
 class Crowd:
-    """All clients of one server. The options are the command line's."""
+    """All clients of one server, with the options of the command line."""
 
     def __init__(self, options, name="the server"):
         self.options, self.name = options, name
         self.visitors = [Visitor(n + 1) for n in range(options.connections)]
         self.firsts = []  # when each visitor had its first reply
         self.counts = []  # the replies to INCR, of all visitors
-        self.midway = self.info = b""  # INFO with all there, and at the end
-        self.start = self.stopped = 0.0
-        self.problem = None  # a sentence, if something went wrong
+        self.midway = self.info = b""  # INFO halfway, and at the end
+        self.start = self.stopped = time.monotonic()
+        self.problem = None  # or a sentence: what went wrong
         self.transcript = ""  # what was said, client by client, not by time
         # Keys of our own: the server may have been running for a while.
         self.prefix = f"{os.getpid()}-{time.time_ns():x}:"
@@ -67,7 +67,7 @@ class Crowd:
         return (self.stopped or time.monotonic()) - self.start
 
     def run(self, host, port, watch=lambda: None):
-        """Hold all conversations. Sets `problem` if something goes wrong."""
+        """Hold all conversations; call `watch` meanwhile. Sets `problem`."""
         self.address = host, port
         limit, text = self.options.timeout, None
         try:
@@ -76,7 +76,7 @@ class Crowd:
             text = str(failure)
         except asyncio.TimeoutError:
             text = f"time ran out after {limit:g} s"
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             text = f"no connection to {host}:{port}: {error}"
         except (EOFError, asyncio.LimitOverrunError, ValueError):
             text = "a connection was closed, or a reply is not in RESP"
@@ -85,12 +85,12 @@ class Crowd:
         self.problem = text and f"{self.name}: {text}"
 
     async def talk(self, watch):
-        # What fails is raised below; asyncio need not print it for each, too.
+        # What fails is raised below. asyncio would print the others' as well.
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)
         self.gate = asyncio.Semaphore(CONNECTING)
         self.midway_asked = asyncio.Event()  # before that, nobody leaves
-        self.start = time.monotonic()
-        visits = asyncio.gather(*map(self.visit, self.visitors))
+        self.start, self.stopped = time.monotonic(), 0.0
+        visits = asyncio.gather(*map(self.visit, self.visitors))  # begin
         while not visits.done():
             await asyncio.wait([visits], timeout=0.2)  # then redraw
             watch()
@@ -98,15 +98,15 @@ class Crowd:
         self.stopped = time.monotonic()
         # No INCR may be lost, or done twice: each number comes once.
         total = len(self.counts)
-        lost = set(range(1, total + 1)).difference(self.counts)
+        lost = len(set(range(1, total + 1)) - set(self.counts))
         if lost:
-            raise Failed(f"{len(lost)} of {total} INCRs were not counted")
-        streams = await asyncio.open_connection(*self.address)
-        with contextlib.closing(streams[1]):
-            self.info = await self.ask(*streams, "INFO")
+            raise Failed(f"{lost} of {total} INCRs were lost or done twice")
+        reader, writer = await asyncio.open_connection(*self.address)
+        with contextlib.closing(writer):
+            self.info = await self.ask(reader, writer, "INFO")
 
     async def visit(self, visitor):
-        while not visitor.end:
+        while not visitor.end:  # again, if it could not connect
             visitor.waits = [[self.start, None]]
             try:
                 async with self.gate:
@@ -119,7 +119,7 @@ class Crowd:
                 # To send the first request, a SET, twice does no harm.
                 if visitor.transcript or visitor.number == 1:
                     raise
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.05)
 
     async def converse(self, visitor, *streams):
         for turn in range(self.options.requests):
@@ -132,8 +132,9 @@ class Crowd:
             self.check(visitor, line, reply, right)
             if turn == 0:
                 self.firsts.append(time.monotonic())
-                first = len(self.firsts) == 1
-            if first and turn == self.options.requests // 2:
+                is_first = len(self.firsts) == 1
+            # Halfway, the first asks for INFO, when all have been served once.
+            if is_first and turn == self.options.requests // 2:
                 while len(self.firsts) < len(self.visitors):
                     if time.monotonic() > self.firsts[-1] + STILL:
                         break  # the server lets the others wait
@@ -176,7 +177,7 @@ def request(number, turn):
 
 @contextlib.contextmanager
 def started(script, timeout, command=None):
-    """Run a server while a `with` block lasts; yield its process, with `port`.
+    """Run a server while a `with` block lasts; yield it, with host and port.
 
     Raises Failed if it does not start, or end well, in `timeout` seconds.
     """
@@ -185,13 +186,13 @@ def started(script, timeout, command=None):
         try:
             ready = select.select([process.stdout], [], [], timeout)[0]
             line = ready[0].readline() if ready else b""
-            where = re.search(rb"listening on (\S+):(\d{1,5})\s*$", line)
+            where = re.search(rb"listening on (\S+):(\d{1,5})\b", line)
             if not where:
                 raise Failed(f"{script} did not start: it said {line!r}")
             process.host, process.port = where[1].decode(), int(where[2])
             yield process
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.2)  # if it is dying, let it
+                process.wait(0.2)  # one that is dying has its own status
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout)
@@ -202,7 +203,7 @@ def started(script, timeout, command=None):
 
 
 def drawing(crowd, scale):
-    """Yield lines of text: what each did until now, in `scale` seconds."""
+    """Yield lines of text: what each did; their width is `scale` seconds."""
     now, count = crowd.start + crowd.elapsed, len(crowd.visitors)
     margin = len(str(count)) + 1
     head = f"{crowd.name:.50}: {crowd.elapsed:.2f} s"
@@ -220,7 +221,7 @@ def drawing(crowd, scale):
 
 
 def results(crowd):
-    """Return a column of the table, {row: text}, with some figures of INFO."""
+    """Return a column of the table, {row: text}. INFO counts all visits."""
     words = os.path.splitext(crowd.name)[0].replace("_", " ")
     rows = {"": textwrap.shorten(words, 13, placeholder="") or words[:13]}
     rows["time elapsed"] = f"{crowd.elapsed:.2f} s"
@@ -241,7 +242,7 @@ def table(columns, names, indent=""):
     """Yield a line for each name; the columns are {name: text}."""
     width = min((WIDTH - 21) // len(columns), 15)
     for name in names:
-        cells = [rows.get(name, "-").rjust(width) for rows in columns]
+        cells = [c.get(name, "-")[: width - 1].rjust(width) for c in columns]
         yield f"{indent + name:21}" + "".join(cells)
 
 
@@ -269,21 +270,21 @@ def command_line():
     add("--transcript", metavar="FILE", help="write what was said", **many)
     options = parser.parse_args()
     for name in "connections", "requests", "think", "timeout":
-        least = int(name in ("connections", "requests"))
+        least = 1 if name in ("connections", "requests") else 0
         if not least <= getattr(options, name) < 1e6:
-            parser.error(f"--{name} must be {least} or more")
+            parser.error(f"--{name} must be from {least} to a million")
     if len(options.transcript) not in (0, len(options.server or [None])):
         parser.error("--transcript goes once with each --server")
     return options
 
 
-def visit(crowd, script, scale, live):
+def play(crowd, script, scale, live):
     """Let a crowd visit a server, of our own if there is a script."""
     options, lines = crowd.options, []
 
     def watch():
         if live:
-            up = f"\x1b[{len(lines)}A" if lines else ""  # to its first line
+            up = f"\x1b[{len(lines)}A" if lines else ""  # to the first line
             lines[:] = drawing(crowd, max(scale, crowd.elapsed))
             print(up + "\x1b[K\n".join(lines), end="\x1b[K\n", flush=True)
 
@@ -291,7 +292,7 @@ def visit(crowd, script, scale, live):
     try:
         with own or contextlib.nullcontext(options) as server:
             crowd.run(server.host, server.port, watch)
-    except Failed as failure:  # the server's end explains what the crowd saw
+    except Failed as failure:  # the server's end, which says more
         crowd.problem = str(failure)
 
 
@@ -305,23 +306,22 @@ def main():
     alone = (options.requests - 1) * options.think
     serial = 1.2 * options.connections * alone + 0.1
     scale = serial if serial <= options.timeout else 1.2 * alone + 0.1
-    live = os.isatty(1) and os.environ.get("TERM") != "dumb"
-    if live:
-        columns, lines = os.get_terminal_size(1)
-        live = columns > WIDTH and lines > MOST_LINES + 1
+    columns, lines = os.get_terminal_size(1) if os.isatty(1) else (0, 0)
+    live = columns > WIDTH and lines > MOST_LINES + 1
+    live = live and os.environ.get("TERM") != "dumb"
     crowds = []
     for number, script in enumerate(options.server or [None]):
         crowd = Crowd(options, os.path.basename(script or "the server"))
-        visit(crowd, script, scale, live)
-        if crowd.start:
+        play(crowd, script, scale, live)
+        if crowd.firsts or crowd.elapsed > STILL:  # there was something to see
             crowds.append(crowd)
         if options.transcript:
             with open(options.transcript[number], "w") as file:
                 file.write(crowd.transcript)
         if crowd.problem:
             break
-    longest = max([scale, *(crowd.elapsed for crowd in crowds)])
-    if not live or longest > scale:  # it took longer than expected
+    longest = max([scale] + [each.elapsed for each in crowds])
+    if not live or (len(crowds) > 1 and longest > scale):
         for each in crowds:
             print(*drawing(each, longest), sep="\n")
     if crowd.problem:
@@ -338,12 +338,12 @@ def main():
 if __name__ == "__main__":
     # Whoever ends this client ends the server that it has started, too.
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
+        os._exit(1)
     except (Failed, OSError) as failure:
         sys.exit(f"client.py: {failure}")

@@ -192,7 +192,7 @@ def test_longer_than_expected(fake):
 def test_live(fake, lines, think):
     """On a terminal that is tall enough, the drawing grows in its place.
 
-    If it takes longer than expected, its scale grows, and all is drawn anew.
+    If it takes longer than expected, its scale grows, too.
     """
     ours, theirs = pty.openpty()
     size = struct.pack("HHHH", lines, 80, 0, 0)
@@ -211,7 +211,6 @@ def test_live(fake, lines, think):
     states = shown.decode().replace("\x1b[K", "").split("\x1b[9A")
     drawings = [drawings_of(state.replace("\r", "")) for state in states]
     assert (len(states) > 1) == (lines == 24)
-    assert len(drawings[-1]) == (1 if think else 2)
     drawn = sum(drawings, [])
     for _, rows in drawn:
         assert len(rows) == 8 and max(map(len, rows)) <= 76
@@ -226,7 +225,7 @@ def test_live(fake, lines, think):
         (b"SET", b"-ERR no\r\n", "client 1: SET key:1 value-1.1"),
         (b"GET", b"$-1\r\n", "GET"),
         (b"GET", b"$x\r\n", "not in RESP"),
-        (b"INCR", b":1\r\n", "15 of 16 INCRs were not counted"),
+        (b"INCR", b":1\r\n", "15 of 16 INCRs were lost or done twice"),
         (b"INCR", b":1.5\r\n", "INCR counter was answered"),
         (b"SET", b"$5\r\nab", "ran out after 0.5 s"),
         (b"GET", None, "closed"),
@@ -239,8 +238,10 @@ def test_wrong_reply(fake, command, wrong, word):
     port = fake(spoiled(command, wrong))
     result = run_client("--port", port, "--connections", 8, *options)
     check_failure(result, "the server: ", word)
-    ((_, rows),) = drawings_of(result[1])  # what was seen until then
-    assert len(rows) == 8
+    # What was seen until then, if anything was.
+    drawings = drawings_of(result[1])
+    assert all(len(rows) == 8 for _, rows in drawings)
+    assert len(drawings) == (command != b"SET" or "ran out" in word)
 
 
 def wrapped(tmp_path, code):
@@ -255,10 +256,14 @@ def wrapped(tmp_path, code):
 
 
 DIES = """
+calls, real = [], socket.socket.send
 def send(self, data):
-    self.close()
-    time.sleep(0.1)
-    os._exit(7)
+    calls.append(data)
+    if len(calls) > 20:
+        self.close()
+        time.sleep(0.1)
+        os._exit(7)
+    return real(self, data)
 socket.socket.send = send
 """
 FAILS = "import signal; signal.signal(15, lambda *_: os._exit(3))"
@@ -269,7 +274,7 @@ STAYS = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {15})"
     "code, timeout, how",
     [
         ("sys.exit(print('listening on nonsense'))", LIMIT, "did not start"),
-        ("sys.exit(print('listening on ::1:x'))", LIMIT, "did not start"),
+        ("sys.exit(print('listening on ab:x'))", LIMIT, "did not start"),
         ("time.sleep(50)", 0.5, "did not start"),
         (DIES, LIMIT, "ended with status 7"),
         (FAILS, LIMIT, "ended with status 3"),
@@ -294,7 +299,7 @@ def test_a_server_that_replies_wrongly(tmp_path):
     script.write_text(KQUEUE.read_text().replace('b"+OK', 'b"+Ok'))
     result = run_client("--server", KQUEUE, "--server", script)
     check_failure(result, "other.py: client ", ": SET key:", "+Ok")
-    assert len(drawings_of(result[1])) == 2
+    assert len(drawings_of(result[1])) == 1  # what the first has shown
 
 
 @pytest.mark.parametrize(
@@ -336,8 +341,8 @@ def test_output_that_cannot_be_written(fake, tmp_path):
     port = fake()
     result = run_client("--port", port, "--transcript", tmp_path)
     check_failure(result, "directory", str(tmp_path))
-    command = *CLIENT, "--port", port
-    assert run("sh", "-c", '"$0" "$@" | true', *command)[2] == ""
+    shell = "sh", "-c", 'unset PYTHONUNBUFFERED; "$0" "$@" | true'
+    assert run(*shell, *CLIENT, "--port", port)[2] == ""
 
 
 def test_defaults(monkeypatch):

@@ -264,7 +264,7 @@ def play(script, scene, options, record=None):
             crowd.run(server.host, server.port)
             time.sleep(SETTLE)
     except Failed as failure:
-        if not crowd.start:
+        if not crowd.elapsed:
             raise  # there is nothing to draw
         crowd.problem = str(failure)
     return crowd
