@@ -320,7 +320,7 @@ def test_ended_from_outside(tmp_path, code, number):
 
 NONSENSE = """--host nonsense.invalid, --port 99999, --connections 0,
 --requests 0, --timeout -1, --think nan, --think -1, --connections 1000000,
---transcript a --transcript b"""
+--host a..b, --transcript a --transcript b"""
 
 
 def test_nonsense():
@@ -341,8 +341,14 @@ def test_output_that_cannot_be_written(fake, tmp_path):
     port = fake()
     result = run_client("--port", port, "--transcript", tmp_path)
     check_failure(result, "directory", str(tmp_path))
-    shell = "sh", "-c", 'unset PYTHONUNBUFFERED; "$0" "$@" | true'
+    shell = "sh", "-c", 'unset PYTHONUNBUFFERED; "$0" "$@" | head -1'
     assert run(*shell, *CLIENT, "--port", port)[2] == ""
+
+
+def test_many_columns():
+    """Each head stays in its column, however many there are."""
+    (line,) = client.table([{"": "3 busy wait"}] * 6, [""])
+    assert line.split()[:3] == ["3", "busy", "w"] and len(line) <= 79
 
 
 def test_defaults(monkeypatch):
