@@ -4,7 +4,6 @@ Read from the JSON that it writes, in which each call is a span. Limits are
 wide: a loaded machine makes a thread wait for a core.
 """
 
-import collections
 import json
 import re
 import sys
@@ -13,9 +12,8 @@ from xml.etree import ElementTree
 import pytest
 from conftest import HERE, SCRIPTS, SERVERS_DIR, played, run, text_of
 
-CLIENTS, WAITS = 2, "clients of "
 TRACER = sys.executable, HERE / "bench" / "trace.py"
-PATHS = {name: SERVERS_DIR / script for name, script in SCRIPTS.items()}
+SINGLE, MULTI, BUSY, KQUEUE = SCRIPTS.values()
 NAMES = set("accept recv send queue sleep poll lock join waits".split())
 KEYS = set("ph name pid tid ts dur args".split())
 
@@ -25,81 +23,80 @@ def end(span):
 
 
 class Traced:
-    """What came of a run of the tracer: `out`, `svg`, and its JSON, sorted.
+    """What came of a run of the tracer: `out`, `svg`, and `lanes`.
 
-    It is Chrome's Trace Event Format: names, and spans that do not overlap.
+    These are {process: {thread: spans}}, from its JSON: Chrome's Trace Event
+    Format. All have a name. Spans of a thread do not overlap.
     """
 
-    def __init__(self, folder, scene, *names, encoding="utf-8"):
+    def __init__(self, folder, scene, *scripts, encoding="utf-8"):
         file, self.svg = folder / f"{scene}.json", folder / f"{scene}.svg"
-        options = [f"--server={PATHS[name]}" for name in names]
-        options += ["--scene", scene, "--connections", CLIENTS]
+        options = [f"--server={SERVERS_DIR / script}" for script in scripts]
+        options += ["--scene", scene, "--connections", 2]
         options += ["--json", file, "--svg", self.svg]
         status, self.out, err = run(*TRACER, *options, encoding=encoding)
         assert (status, err) == (0, "")
-        self.named = {}  # (process, thread or 0): its name
-        self.spans = collections.defaultdict(list)  # the same: its spans
+        self.lanes, processes, threads = {}, {}, {}
         for event in json.loads(file.read_text())["traceEvents"]:
-            key = event["pid"], event["tid"]
-            if event["ph"] == "X":
-                ended = end(self.spans[key][-1]) if self.spans[key] else 0
+            pid, thread = event["pid"], (event["pid"], event["tid"])
+            if event["name"] == "process_name":
+                processes[pid] = self.lanes[event["args"]["name"]] = {}
+            elif event["name"] == "thread_name":
+                threads[thread] = processes[pid][event["args"]["name"]] = []
+            elif event["ph"] == "X":
+                spans = threads[thread]
+                ended = end(spans[-1]) if spans else 0
                 assert event.keys() == KEYS and event["name"] in NAMES
                 assert event["ts"] >= ended - 0.2 and event["dur"] >= 0
-                self.spans[key].append(event)
-            elif event["name"] in ("process_name", "thread_name"):
-                self.named[key] = event["args"]["name"]
-        assert self.spans.keys() <= self.named.keys()
-
-    def lanes(self, name, prefix=""):
-        """Return {thread: spans} of a server, or {client: waits}."""
-        process = prefix + PATHS[name].name
-        (pid,) = [p for (p, t), n in self.named.items() if n == process]
-        keys = [key for key in self.named if key[0] == pid and key[1]]
-        return {self.named[key]: self.spans[key] for key in keys}
+                spans.append(event)
 
 
 @pytest.fixture(scope="module")
 def thinking(tmp_path_factory):
     """All four servers, and a script of one's own: the loop on a kqueue."""
     folder = tmp_path_factory.mktemp("trace")
-    PATHS["own"] = folder / "own.py"
-    PATHS["own"].write_text(played(folder / "log") + text_of("kqueue"))
-    return Traced(folder, "thinking", *PATHS)
+    own = folder / "own.py"
+    own.write_text(played(folder / "log") + text_of("kqueue"))
+    return Traced(folder, "thinking", *SCRIPTS.values(), own)
 
 
-CALLS = {  # where a thread spends its time
-    "main: accepts, and serves one after the other": "recv",
-    "main: accepts": "accept",
-    "serves client 1": "recv",
-    "serves client 2": "recv",
-    "main: polls everybody in turn": "poll",
-    "event loop": "queue",
-    "main: waits for another thread's end": "join",
+LANES = {  # the threads of each, and the call in which each spends its time
+    SINGLE: {"main: accepts, and serves one after the other": "recv"},
+    MULTI: {
+        "main: accepts": "accept",
+        "serves client 1": "recv",
+        "serves client 2": "recv",
+    },
+    BUSY: {"main: polls everybody in turn": "poll"},
+    KQUEUE: {
+        "main: waits for another thread's end": "join",
+        "event loop": "queue",
+    },
 }
-THREADS = {"single": 1, "multi": 1 + CLIENTS, "busy": 1, "kqueue": 2, "own": 2}
+LANES["own.py"] = LANES[KQUEUE]
 
 
-@pytest.mark.parametrize("name", THREADS)
-def test_where_each_waits(thinking, name):
+@pytest.mark.parametrize("script", LANES)
+def test_where_each_waits(thinking, script):
     """Each thread is in its call. None sleeps; one polls, one has a queue."""
-    lanes = thinking.lanes(name)
-    assert len(lanes) == THREADS[name]
-    for lane, spans in lanes.items():
-        times, call = collections.Counter(), CALLS[lane]
-        for span in spans:
-            times[span["name"]] += span["dur"]
-        share = times[call] / (end(spans[-1]) - spans[0]["ts"])
+    lanes = thinking.lanes[script]
+    assert lanes.keys() == LANES[script].keys()
+    for lane, call in LANES[script].items():
+        spans = lanes[lane]
+        inside = sum(span["dur"] for span in spans if span["name"] == call)
+        share = inside / (end(spans[-1]) - spans[0]["ts"])
         assert share > {"poll": 0.3, "join": 0.8}.get(call, 0.5)
-        assert not {"sleep", "poll", "queue"} & set(times) - {call}
+        others = {span["name"] for span in spans} - {call}
+        assert not {"sleep", "poll", "queue"} & others
         assert not any("failed" in span["args"] for span in spans)
 
 
 def test_single_and_busy(thinking):
     """1 reads from one client after the other. Polls in vain are few spans."""
-    (spans,) = thinking.lanes("single").values()
+    (spans,) = thinking.lanes[SINGLE].values()
     clients = [s["args"]["client"] for s in spans if s["name"] == "recv"]
-    assert clients == sorted(clients) and set(clients) == {1, CLIENTS}
-    (spans,) = thinking.lanes("busy").values()
+    assert clients == sorted(clients) and set(clients) == {1, 2}
+    (spans,) = thinking.lanes[BUSY].values()
     polls = [span["args"] for span in spans if span["name"] == "poll"]
     calls = sum(poll["calls"] for poll in polls)
     assert calls > 100 and len(polls) <= len(spans) // 2 + 1
@@ -109,33 +106,32 @@ def test_single_and_busy(thinking):
 
 
 def test_a_handler_that_blocks(tmp_path):
-    """Meanwhile threads serve others, the loop nobody. In ASCII, too."""
-    traced = Traced(tmp_path, "blocking", "multi", "kqueue", encoding="ascii")
-    sleepers = ("multi", "serves client 1", 1), ("kqueue", "event loop", 2)
-    for name, lane, waiting in sleepers:
-        lanes = traced.lanes(name)
+    """Meanwhile 2's other thread serves, 3 and 4 nobody. In ASCII, too."""
+    sleepers = {MULTI: "serves client 1", KQUEUE: "event loop"}
+    sleepers[BUSY] = "main: polls everybody in turn"
+    traced = Traced(tmp_path, "blocking", *sleepers, encoding="ascii")
+    for script, sleeper in sleepers.items():
+        lanes = traced.lanes[script]
         spans = sum(lanes.values(), [])
         (asleep,) = [span for span in spans if span["name"] == "sleep"]
-        assert asleep in lanes[lane] and asleep["dur"] > 490_000
-        waits = sum(traced.lanes(name, WAITS).values(), [])
+        assert asleep in lanes[sleeper] and asleep["dur"] > 490_000
+        waits = sum(traced.lanes[f"clients of {script}"].values(), [])
         # On a loaded machine others may wait as long, for a core.
-        assert sum(wait["dur"] > 400_000 for wait in waits) >= waiting
-        served = [
-            wait
-            for wait in waits
-            if asleep["ts"] < wait["ts"] and end(wait) < end(asleep)
-        ]
-        assert bool(served) == (name == "multi")
+        long = [wait for wait in waits if wait["dur"] > 400_000]
+        assert len(long) >= (1 if script == MULTI else 2)
+        asked = [wait for wait in waits if wait["ts"] > asleep["ts"]]
+        served = any(end(wait) < end(asleep) for wait in asked)
+        assert served == (script == MULTI)
     assert traced.out.isascii() and "|zzzz" in traced.out
 
 
 def test_a_client_that_goes_quiet(tmp_path):
     """The one thread is in recv for client 1, and the others wait."""
-    traced = Traced(tmp_path, "quiet", "single")
-    (spans,) = traced.lanes("single").values()
+    lanes = Traced(tmp_path, "quiet", SINGLE).lanes
+    (spans,) = lanes[SINGLE].values()
     longest = max(spans, key=lambda span: span["dur"])
     assert (longest["name"], longest["args"]) == ("recv", {"client": 1})
-    waits = traced.lanes("single", WAITS)["client 2"]
+    waits = lanes[f"clients of {SINGLE}"]["client 2"]
     assert end(waits[0]) >= end(longest)
 
 
