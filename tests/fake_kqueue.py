@@ -19,8 +19,7 @@ import time
 READ, WRITE = -1, -2
 ADD, DELETE, ERROR, EOF = 0x1, 0x2, 0x4000, 0x8000
 IN, OUT, ERR, HUP, RDHUP = 0x1, 0x4, 0x8, 0x10, 0x2000  # those of epoll
-MASKS = {READ: IN | RDHUP, WRITE: OUT}
-ENDS = {READ: ERR | HUP | RDHUP, WRITE: ERR | HUP}
+MASKS = {READ: IN | RDHUP, WRITE: OUT}  # it adds ERR and HUP to each
 epoll = getattr(select, "epoll", None)
 
 fields = "ident filter flags fflags data"
@@ -34,7 +33,7 @@ class kqueue:
     file is. So the file is kept: the number may lead to another one by now.
     """
 
-    log = open(os.devnull, "a")  # gets a line for each change and event
+    log = None  # a file for a line of each change and event; stdout if None
 
     def __init__(self):
         self.files = {}  # (ident, filter): file
@@ -68,11 +67,10 @@ class kqueue:
 
     def wait(self, max_events, timeout):
         """Return the first that are ready, and put them behind the others."""
-        left = 10**9 if timeout is None else timeout  # seconds
-        end = time.monotonic() + left
-        while not (ready := self.ready()) and left > 0:
+        end = time.monotonic() + (10**9 if timeout is None else timeout)
+        while not (ready := self.ready()) and time.monotonic() < end:
+            left = max(0, end - time.monotonic())  # seconds
             select.select(self.epolls.values(), [], [], left)
-            left = end - time.monotonic()
         keys = [key for key in self.active if key in ready]
         keys += [key for key in ready if key not in keys]
         self.active = keys[max_events:] + keys[:max_events]
@@ -91,22 +89,19 @@ class kqueue:
 def event_of(ident, filter, mask):
     """Return the event of a filter, from what epoll says of its descriptor."""
     sock = socket.socket(fileno=ident)
-    if filter == WRITE:
-        room = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        data = max(0, room - ask(sock, termios.TIOCOUTQ))
-    elif sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         told = sock.getsockopt(socket.SOL_TCP, socket.TCP_INFO, 104)
         (data,) = struct.unpack_from("I", told, 24)  # how many wait
     else:
-        data = ask(sock, termios.FIONREAD)
+        what = termios.FIONREAD if filter == READ else termios.TIOCOUTQ
+        (data,) = struct.unpack("i", fcntl.ioctl(sock, what, bytes(4)))
+    if filter == WRITE:  # what there is room for, beside what is under way
+        room = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        data = max(0, room - data)
     sock.detach()  # it is not ours
-    flags = ADD | (EOF if mask & ENDS[filter] else 0)
+    flags = ADD | (EOF if mask & (ERR | HUP | RDHUP) else 0)
     fflags = errno.ECONNRESET if mask & ERR else 0
     return kevent(ident, filter, flags, fflags, data)
-
-
-def ask(sock, what):
-    return struct.unpack("i", fcntl.ioctl(sock, what, bytes(4)))[0]
 
 
 def file_of(descriptor):
@@ -118,9 +113,10 @@ def file_of(descriptor):
 
 def install(log):
     """Have this process use this kqueue. It writes to the file `log`."""
+    if not epoll:
+        return  # there is a real one
     kqueue.log = open(log, "a")
     select.kqueue, select.kevent = kqueue, kevent
     select.KQ_FILTER_READ, select.KQ_FILTER_WRITE = READ, WRITE
     select.KQ_EV_ADD, select.KQ_EV_DELETE = ADD, DELETE
-    if hasattr(select, "epoll"):
-        del select.epoll
+    del select.epoll
