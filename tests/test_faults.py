@@ -273,6 +273,8 @@ def test_the_end(start, situation):
                 send_what_fits(sock, request)
                 if request.startswith(b"PING"):
                     askers.submit(go_on_asking, sock)
+                # Just before it falls asleep, a Ctrl-C would not be seen.
+                assert situation != "sleeping" or not is_readable(sock, 0.1)
             if end == "Ctrl-C":
                 server.stop()
             else:
