@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import pytest
 from conftest import (
-    MANY, PATIENCE, SCRIPTS, array, arrived, bulk, command,
+    MANY, PATIENCE, PROC, SCRIPTS, array, arrived, bulk, command,
     frozen, is_over, is_readable, needs_proc, ping, read_exactly, read_to_end,
     reset, run, send_what_fits, slowly, talk, together, wait_for,
 )  # fmt: skip
@@ -24,7 +24,8 @@ BIG = b"v" * 900_000
 SET_BIG = array(b"SET", b"big", BIG)
 
 needs_prlimit = pytest.mark.skipif(
-    not hasattr(resource, "prlimit"), reason="limits a running process"
+    not (PROC and hasattr(resource, "prlimit")),
+    reason="changes the limits of a running process, and looks into /proc",
 )
 LASTS = [  # what comes last, whether the client shuts its side, the reply
     (b"", True, b""),

@@ -136,7 +136,8 @@ def memory(server):
             return int(status.read().split("VmRSS:")[1].split()[0]) * 1024
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
         command = ["ps", "-o", "rss=", "-p", pid]
-        return int(subprocess.check_output(command)) * 1024
+        devnull = subprocess.DEVNULL
+        return int(subprocess.check_output(command, stderr=devnull)) * 1024
     return None
 
 

@@ -306,7 +306,7 @@ def span(values):
 def spans(row):
     """Return the ends of the x axis and of the y axis of a row of panels."""
     dots = [dot for _, curves in row for _, dots in curves for dot in dots]
-    xs, ys = zip(*dots)
+    xs, ys = zip(*dots or [(1, 1)])  # an empty plot, where nobody can tell
     return (1, max(10, *xs)), span(ys)
 
 
