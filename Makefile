@@ -112,7 +112,7 @@ diff: $(TRANSCRIPTS)
 # What settings of pip, pytest and Python there are elsewhere is kept out. The
 # tests mostly wait: half of them run beside the others, and are shown at the end.
 VERSION = import platform as p; print(p.python_implementation(), p.python_version(), sep="-")
-HALF = tests/test_faults.py tests/test_patterns.py tests/test_make.py
+HALF = tests/test_faults.py tests/test_project.py
 FOREIGN = PYTHONHOME PYTHONPATH PYTHONOPTIMIZE PYTHONWARNINGS PYTHONINSPECT \
 	PYTHONSAFEPATH PYTHONSTARTUP PYTHONPROFILEIMPORTTIME PYTHONVERBOSE \
 	PYTHONDEVMODE PYTHONDEBUG PYTHONASYNCIODEBUG PYTHONTRACEMALLOC \
@@ -142,7 +142,7 @@ test test-all:
 	"$$venv/bin/python" $(PYTEST) $(HALF) >build/$@.txt 2>&1 & half=$$!; \
 	trap "kill $$half 2>/dev/null; exit 1" INT TERM HUP; \
 	"$$venv/bin/python" $(PYTEST) --ignore-glob='*faults.py' \
-	  --ignore-glob='*patterns.py' --ignore-glob='*make.py' tests; \
+	  --ignore-glob='*project.py' tests; \
 	others=$$?; wait $$half; half=$$?; cat build/$@.txt; \
 	test $$half = 0 && test $$others = 0
 
