@@ -39,14 +39,13 @@ LIMIT = 120  # seconds for a program that runs to its end, on a loaded machine
 PROC = Path("/proc/self/fdinfo").exists()
 FREE = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # free-threaded
 
-sys.path.insert(0, str(SERVERS_DIR))
+sys.path[:0] = str(SERVERS_DIR), str(HERE.parent)  # has client.py
 # A shell's "&" has SIGINT ignored, and so would be all that is started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Whoever ends the tests with `kill` ends the servers that they have started.
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 needs_proc = pytest.mark.skipif(not PROC, reason="looks into Linux's /proc")
-many = pytest.mark.parametrize("name", MANY)
 slow = pytest.mark.skipif("SLOW" not in os.environ, reason="runs in test-all")
 
 
@@ -72,10 +71,9 @@ def together(function, *items):
 
 def run(*command, data=b"", encoding="utf-8", cwd=None, **env):
     """Run a program, with `data` on stdin; return status, stdout, stderr."""
-    command = list(map(str, command))
     env = {**os.environ, "PYTHONIOENCODING": encoding, **env}
     more = {"capture_output": True, "timeout": LIMIT, "cwd": cwd, "env": env}
-    ended = subprocess.run(command, input=data, **more)
+    ended = subprocess.run(list(map(str, command)), input=data, **more)
     out, err = ended.stdout.decode(encoding), ended.stderr.decode(encoding)
     assert "Traceback" not in err, err[-2000:]
     return ended.returncode, out, err
@@ -165,12 +163,10 @@ def reset(sock):
 
 def command(name, *options, prelude=""):
     """Return the command that starts a script, after `prelude` if given."""
-    line = [sys.executable, SERVERS_DIR / SCRIPTS[name], *options]
+    script = [SERVERS_DIR / SCRIPTS[name]]
     if prelude:
-        prelude += "\nimport runpy, sys; del sys.argv[0]"
-        prelude += "\nrunpy.run_path(sys.argv[0], run_name='__main__')"
-        line[1:1] = "-c", prelude
-    return list(map(str, line))
+        script = ["-c", f"{prelude}\n{text_of(name)}"]
+    return list(map(str, [sys.executable, *script, *options]))
 
 
 def played(log):
@@ -321,16 +317,15 @@ def name(request):
 
 
 @pytest.fixture
-def start():
+def start(request):
     """Start a server by name, with options. In the end all are killed."""
-    with contextlib.ExitStack() as stack:
 
-        def start(*args, **more):
-            server = Server(*args, **more)
-            stack.callback(server.kill)
-            return server
+    def start(*args, **more):
+        server = Server(*args, **more)
+        request.addfinalizer(server.kill)
+        return server
 
-        yield start
+    return start
 
 
 @pytest.fixture
