@@ -1,115 +1,94 @@
-"""client.py: its drawings, its checks, and what it says if things go wrong.
-
-SERVERS_DIR in the environment names other servers to test it with.
-"""
+"""client.py: its drawings, its checks, and what it says if things go wrong."""
 
 import asyncio
-import contextlib
-import fcntl
-import itertools
 import os
 import pty
 import re
 import resource
-import signal
-import socketserver
-import struct
 import subprocess
 import sys
-import termios
 import threading
 import time
-import types
+from signal import SIGHUP, SIGINT, SIGTERM
 
+import client
 import pytest
 from conftest import (
-    HERE, LIMIT, SCRIPTS, SERVERS_DIR, load, needs, run, slow, slowly,
-    together, wait_for,
+    HERE, LIMIT, PATIENCE, SCRIPTS, SERVERS_DIR, load, needs, run, slowly,
+    text_of, together,
 )  # fmt: skip
 
 ALL = [SERVERS_DIR / script for script in SCRIPTS.values()]
 KQUEUE = ALL[-1]
 CLIENT = [sys.executable, "-S", str(HERE.parent / "client.py")]
-sys.path.append(str(HERE.parent))
-
-import client  # noqa: E402
-
-application = load("kqueue")
 
 
-def run_client(*options, **more):
+def run_client(*options):
     """Run client.py, with the standard library only; return as run does."""
-    return run(*CLIENT, *options, **more)
+    return run(*CLIENT, *options)
 
 
-def check_failure(result, *words):
-    """The run failed, and says so in one line that contains the words."""
+def check_failure(result, pattern):
+    """The run failed, and says so in one line in which the pattern is."""
     status, out, err = result
     assert status > 0, out
     assert err.count("\n") == 1, err[-2000:]
-    assert all(word in err for word in words), err
+    assert re.search(pattern, err), err
 
 
-def drawings_of(output, signs="░█"):
+def drawings_of(output):
     """Return [(the scale in seconds, [the row of each client])]."""
-    found = []
-    for line in output.splitlines():
-        head = re.search(r": [\d.]+ s +0 to ([\d.]+) s$", line)
-        if head:
-            found.append((float(head[1]), []))
-        row = re.fullmatch(rf" +\d+ ([{signs}]*)", line)
-        if row:
-            found[-1][1].append(row[1])
-    return found
-
-
-def right(line):
-    """Reply to a line as a right server would."""
-    session = application.Session({"pattern": "a fake"})
-    session.receive(line)
-    return session.answer()
-
-
-def spoiled(command, wrong):
-    """Return a function that replies rightly, but not to one command."""
-    return lambda line: wrong if line.split()[0] == command else right(line)
-
-
-class Serve(socketserver.StreamRequestHandler):
-    def handle(self):
-        with contextlib.suppress(OSError):  # the client may go when it likes
-            for line in self.rfile:
-                if (reply := self.server.reply(line)) is None:
-                    break  # which closes the connection
-                self.wfile.write(reply)
-
-
-class Fake(socketserver.ThreadingTCPServer):
-    request_queue_size, daemon_threads, block_on_close = 100, True, False
+    # A scale, what follows it, the next scale, and so on.
+    _, *parts = re.split(r"(?m): [\d.]+ s +0 to ([\d.]+) s$", output)
+    rows = re.compile(r"^ +\d+ ([░█]*|[.#]*)$", re.MULTILINE).findall
+    return list(zip(map(float, parts[::2]), map(rows, parts[1::2])))
 
 
 @pytest.fixture
-def fake():
-    """Start a server in threads of this test, which replies as it is told."""
-    with Fake(("127.0.0.1", 0), Serve) as server:
+def fake(monkeypatch):
+    """Start 2 in a thread of this test; return its port.
 
-        def start(reply=right):
-            server.reply = reply
-            threading.Thread(target=server.serve_forever).start()
-            return server.server_address[1]
+    It thinks for some seconds before each reply, and answers one command
+    wrongly. If the wrong reply is empty, it closes the connection instead.
+    """
+    module = load("multi")
+    right = module.Session.carry_out
 
-        yield start
-        server.shutdown()
+    def start(command=b"", wrong=b"", seconds=0):
+        def carry_out(session, words):
+            time.sleep(seconds)
+            if words[0] != command:
+                return right(session, words)
+            session.finished = not wrong
+            return wrong
+
+        monkeypatch.setattr(module.Session, "carry_out", carry_out)
+        server = module.TCPServer("127.0.0.1", 0)
+        threading.Thread(target=server.start, daemon=True).start()
+        return server.listener.getsockname()[1]
+
+    return start
 
 
-def test_side_by_side(tmp_path):
-    """All servers in one run: on one scale of time, and in one table."""
+PYTHONS = [f"python3.{version}" for version in range(9, 16)]
+
+
+@pytest.mark.parametrize("python", [sys.executable, *map(slowly, PYTHONS)])
+def test_side_by_side(python, tmp_path):
+    """All servers in one run: on one scale of time, and in one table.
+
+    Each Python that is installed runs the client and all servers.
+    """
+    needs(python)
+    if run(python, "-V")[0]:
+        pytest.skip(f"{python} does not run")
     files = [tmp_path / script.stem for script in ALL]
     options = [f"--server={script}" for script in ALL]
     options += [f"--transcript={file}" for file in files]
-    status, output, err = run_client(*options)
+    status, output, err = run(python, *CLIENT[1:], *options)
     lines = output.splitlines()
     assert status == 0 and len(lines) <= 45, err
+    assert "All 4 transcripts are the same." in lines
     assert max(map(len, lines)) <= 79
     drawings = drawings_of(output)
     assert [len(rows) for _, rows in drawings] == [8, 8, 8, 8]
@@ -149,95 +128,79 @@ def test_crowd(count):
     assert len(rows) == 20 and max(map(len, rows)) > scale
 
 
-@slow
-@pytest.mark.parametrize("version", range(9, 16))
-def test_other_interpreters(version):
-    """Each Python that is installed runs the client and all servers."""
-    python = f"python3.{version}"
-    needs(python)
-    if run(python, "-V")[0]:
-        pytest.skip(f"{python} does not run")
-    servers = [f"--server={script}" for script in ALL]
-    status, out, err = run(python, CLIENT[-1], *servers)
-    assert status == 0 and "All 4 transcripts are the same" in out, err
+def test_defaults_and_connecting_again(fake, monkeypatch):
+    """With the default options. All but the first may be refused at first."""
+    monkeypatch.setattr(sys, "argv", ["client.py"])
+    crowd = client.Crowd(client.command_line())
+    assert vars(crowd.options) == {
+        **{"host": "127.0.0.1", "port": 6380, "server": [], "transcript": []},
+        **{"connections": 8, "requests": 4, "think": 0.05, "timeout": 30},
+    }
+    real, tries = asyncio.open_connection, []
 
-
-def test_connecting_again(fake, monkeypatch):
-    """All but the first may be refused, and try again."""
-    real, calls = asyncio.open_connection, itertools.count()
-
-    async def refuse_some(*where, **more):
-        if next(calls) in (2, 4, 5, 9):
+    async def refuse_some(*where):
+        tries.append(where)
+        if len(tries) in (3, 5, 6, 10):
             raise ConnectionRefusedError
-        return await real(*where, **more)
+        return await real(*where)
 
     monkeypatch.setattr(asyncio, "open_connection", refuse_some)
-    options = {"connections": 8, "requests": 4, "think": 0, "timeout": LIMIT}
-    crowd = client.Crowd(types.SimpleNamespace(**options))
     crowd.run("127.0.0.1", fake())
-    assert crowd.problem is None and next(calls) > 12
-
-
-def test_longer_than_expected(fake):
-    """More time than there was room for: another scale. And plain ASCII."""
-    port = fake(lambda line: time.sleep(0.1) or right(line))
-    options = "--port", port, "--think", 0, "--requests", 3
-    status, out, err = run_client(*options, encoding="ascii")
-    assert status == 0, err
-    scale, rows = drawings_of(out, ".#")[0]
-    assert scale >= 0.3 and 70 < max(map(len, rows)) <= 76 and len(rows) == 8
-
-
-@pytest.mark.parametrize("lines, think", [(24, 0.15), (9, 0.15), (24, 0)])
-def test_live(fake, lines, think):
-    """On a terminal that is tall enough, the drawing grows in its place.
-
-    If it takes longer than expected, its scale grows, too.
-    """
-    ours, theirs = pty.openpty()
-    size = struct.pack("HHHH", lines, 80, 0, 0)
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
-    env = {**os.environ, "PYTHONIOENCODING": "utf-8", "TERM": "xterm"}
-    port = fake(lambda line: time.sleep(0 if think else 0.15) or right(line))
-    command = [*CLIENT, "--port", str(port), "--think", str(think)]
-    with subprocess.Popen(command, stdout=theirs, env=env) as process:
-        os.close(theirs)
-        shown = b""
-        with contextlib.suppress(OSError):  # so Linux says that it has ended
-            while data := os.read(ours, 4096):
-                shown += data
-        os.close(ours)
-    assert process.returncode == 0, shown
-    states = shown.decode().replace("\x1b[K", "").split("\x1b[9A")
-    drawings = [drawings_of(state.replace("\r", "")) for state in states]
-    assert (len(states) > 1) == (lines == 24)
-    drawn = sum(drawings, [])
-    for _, rows in drawn:
-        assert len(rows) == 8 and max(map(len, rows)) <= 76
-    (first_scale, first), (last_scale, last) = drawn[0], drawn[-1]
-    assert (first_scale < last_scale) == (think == 0)
-    assert think == 0 or (len(first[0]) < len(last[0])) == (lines == 24)
+    assert crowd.problem is None and len(tries) == 8 + 4 + 1  # one for INFO
 
 
 @pytest.mark.parametrize(
-    "command, wrong, word",
+    "lines, think, encoding",
+    [(24, 0.15, "utf-8"), (24, 0, "utf-8"), (9, 0, "ascii")],
+)
+def test_terminal(fake, lines, think, encoding):
+    """On a terminal that is tall enough, the drawing grows in its place.
+
+    If it takes longer than expected, its scale grows, too. On others it is
+    drawn once, at the end; where it must be, in plain ASCII.
+    """
+    port = fake(seconds=0 if think else 0.15)
+    shell = f"stty rows {lines} cols 80; exec env TERM=xterm"
+    shell += f' PYTHONIOENCODING={encoding} "$0" "$@" --think {think}'
+    command = ["sh", "-c", shell, *CLIENT, "--port", str(port)]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs) as process:
+        os.close(theirs)
+        # Linux reports the end as an error, before which cat shows it all.
+        shown = subprocess.run(["cat"], stdin=ours, capture_output=True).stdout
+    os.close(ours)
+    assert process.returncode == 0, shown
+    text = shown.decode(encoding).replace("\x1b[K", "").replace("\r", "")
+    states = text.split("\x1b[9A")
+    assert (len(states) > 1) == (lines == 24)
+    drawn = sum(map(drawings_of, states), [])
+    for _, rows in drawn:
+        assert len(rows) == 8 and max(map(len, rows)) <= 76
+    (first_scale, first), (last_scale, last) = drawn[0], drawn[-1]
+    assert (first_scale < last_scale) == (lines == 24 and think == 0)
+    assert think == 0 or len(first[0]) < len(last[0])
+    assert think or last_scale >= 0.6 and max(map(len, last)) > 70
+
+
+@pytest.mark.parametrize(
+    "command, wrong, pattern",
     [
-        (b"SET", b"-ERR no\r\n", "client 1: SET key:1 value-1.1"),
-        (b"GET", b"$-1\r\n", "GET"),
+        (b"SET", b"-ERR no\r\n", r"client (\d): SET key:\1 value-\1\.1 "),
+        (b"GET", b"$-1\r\n", r"client (\d): GET key:\1 was"),
         (b"GET", b"$x\r\n", "not in RESP"),
         (b"INCR", b":1\r\n", "15 of 16 INCRs were lost or done twice"),
         (b"INCR", b":1.5\r\n", "INCR counter was answered"),
         (b"SET", b"$5\r\nab", "ran out after 0.5 s"),
-        (b"GET", None, "closed"),
-        (b"INFO", None, "closed"),
+        (b"GET", b"", "closed"),
+        (b"INFO", b"", "closed"),
     ],
 )
-def test_wrong_reply(fake, command, wrong, word):
+def test_wrong_reply(fake, command, wrong, pattern):
     """A wrong reply is found, and told in a plain sentence."""
-    options = "--think", 0, "--timeout", 0.5 if "ran out" in word else LIMIT
-    port = fake(spoiled(command, wrong))
-    result = run_client("--port", port, "--connections", 8, *options)
-    check_failure(result, "the server: ", word)
+    late = "ran out" in pattern
+    options = "--think", 0, "--timeout", 0.5 if late else LIMIT
+    result = run_client("--port", fake(command, wrong), *options)
+    check_failure(result, f"the server: .*{pattern}")
     # What was seen until then, if anything was.
     drawings = drawings_of(result[1])
     assert all(len(rows) == 8 for _, rows in drawings)
@@ -245,18 +208,15 @@ def test_wrong_reply(fake, command, wrong, word):
 
 
 def wrapped(tmp_path, code):
-    """Return a script that runs a server, after some code of its own."""
-    note = f"os.symlink(str(os.getpid()), {str(tmp_path / 'pid')!r})"
-    path = tmp_path / "wrapped.py"
-    path.write_text(
-        f"import os, runpy, socket, sys, time\n{note}\n{code}\n"
-        f"runpy.run_path({str(ALL[2])!r}, run_name='__main__')\n"
-    )
-    return path
+    """Return a script: a server, after some code of its own."""
+    script = tmp_path / "wrapped.py"
+    given = "import os, signal, socket, sys, time; real = socket.socket.send"
+    script.write_text(f"{given}\n{code}\n{text_of('busy')}")
+    return str(script)
 
 
 DIES = """
-calls, real = [], socket.socket.send
+calls = []
 def send(self, data):
     calls.append(data)
     if len(calls) > 20:
@@ -266,56 +226,50 @@ def send(self, data):
     return real(self, data)
 socket.socket.send = send
 """
-FAILS = "import signal; signal.signal(15, lambda *_: os._exit(3))"
-STAYS = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {15})"
+FAILS = "signal.signal(15, lambda *_: os._exit(3))"
+STAYS = "signal.pthread_sigmask(signal.SIG_BLOCK, {15})"
+LOWERS = "socket.socket.send = lambda self, data: real(self, data.lower())"
+AFTER_ANOTHER = "--think", 0, "--server", KQUEUE  # whose drawing is shown
 
 
 @pytest.mark.parametrize(
-    "code, timeout, how",
+    "code, options, how",
     [
-        ("sys.exit(print('listening on nonsense'))", LIMIT, "did not start"),
-        ("sys.exit(print('listening on ab:x'))", LIMIT, "did not start"),
-        ("time.sleep(50)", 0.5, "did not start"),
-        (DIES, LIMIT, "ended with status 7"),
-        (FAILS, LIMIT, "ended with status 3"),
-        (STAYS, 2, "ended with status -9"),
+        ("sys.exit(print('listening on nonsense'))", (), " did not start"),
+        ("sys.exit(print('listening on ab:x'))", (), " did not start"),
+        ("time.sleep(9 * 60)", ("--timeout", 0.5), " did not start"),
+        (DIES, (), " ended with status 7"),
+        (FAILS, (), " ended with status 3"),
+        (STAYS, ("--timeout", 2), " ended with status -9"),
+        (LOWERS, AFTER_ANOTHER, r": client \d: SET key:.*'\+ok"),
     ],
 )
-def test_server_starts_or_ends_badly(tmp_path, code, timeout, how):
-    """A server that does not start, dies or does not end is named."""
-    options = "--think", 0.2, "--timeout", timeout
-    result = run_client("--server", wrapped(tmp_path, code), *options)
-    check_failure(result, f"wrapped.py {how}")
+def test_bad_servers(tmp_path, code, options, how):
+    """A server that does not start, end or reply as it must is named."""
+    options = "--think", 0.2, "--timeout", LIMIT, *options
+    # This returns when nobody has stderr any more: the server has gone, too.
+    result = run_client(*options, "--server", wrapped(tmp_path, code))
+    check_failure(result, rf"wrapped\.py{how}")
     drawings = drawings_of(result[1])  # what was seen until then
-    assert len(drawings) == (how != "did not start")
+    assert bool(drawings) == (how != " did not start")
     assert all(len(rows) == 8 and all(rows) for _, rows in drawings)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(os.readlink(tmp_path / "pid")), 0)
 
 
-def test_a_server_that_replies_wrongly(tmp_path):
-    """Which server, which client, what it asked, what it was told."""
-    script = tmp_path / "other.py"
-    script.write_text(KQUEUE.read_text().replace('b"+OK', 'b"+Ok'))
-    result = run_client("--server", KQUEUE, "--server", script)
-    check_failure(result, "other.py: client ", ": SET key:", "+Ok")
-    assert len(drawings_of(result[1])) == 1  # what the first has shown
+AT_START = "print(os.getpid(), file=sys.stderr)"
+SERVING = f"socket.socket.send = lambda *reply: {AT_START} or real(*reply)"
 
 
-@pytest.mark.parametrize(
-    "code, number",
-    [("", signal.SIGINT), (STAYS, signal.SIGTERM), ("", signal.SIGHUP)],
-)
+@pytest.mark.parametrize("code", [AT_START, f"{STAYS}\n{SERVING}"])
+@pytest.mark.parametrize("number", [SIGINT, SIGTERM, SIGHUP])
 def test_ended_from_outside(tmp_path, code, number):
     """Whoever ends the client ends the server that it has started."""
-    note, script = tmp_path / "pid", wrapped(tmp_path, code)
-    command = [*CLIENT, "--server", str(script), "--think", "50"]
-    with subprocess.Popen(command) as process:
-        wait_for(note.is_symlink, "the server runs")
-        process.send_signal(number)
-    assert process.returncode == 128 + number
+    command = *CLIENT, "--think", "50", "--server", wrapped(tmp_path, code)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    server = int(process.stderr.readline())  # as the code has told
+    process.send_signal(number)
+    assert process.wait(PATIENCE) == 128 + number
     with pytest.raises(ProcessLookupError):
-        os.kill(int(os.readlink(note)), 0)
+        os.kill(server, 0)
 
 
 NONSENSE = """--host nonsense.invalid, --port 99999, --connections 0,
@@ -329,8 +283,8 @@ def test_nonsense():
     results = together(lambda case: run_client(*case), *cases)
     for (option, value, *_), result in zip(cases, results):
         named = value if option in ("--host", "--port") else option
-        check_failure(result, named)
-    check_failure(run_client("--port", 1), "127.0.0.1:1")
+        check_failure(result, re.escape(named))
+    check_failure(run_client("--port", 1), r"127\.0\.0\.1:1\b")
     shell = 'ulimit -n 100; exec "$0" "$@"'
     result = run("sh", "-c", shell, *CLIENT, "--port", 1, "--connections", 99)
     check_failure(result, "149 open files needed, 100 allowed")
@@ -340,7 +294,7 @@ def test_output_that_cannot_be_written(fake, tmp_path):
     """A transcript: one sentence. Nobody reads stdout any more: nothing."""
     port = fake()
     result = run_client("--port", port, "--transcript", tmp_path)
-    check_failure(result, "directory", str(tmp_path))
+    check_failure(result, f"directory.*{re.escape(str(tmp_path))}")
     shell = "sh", "-c", 'unset PYTHONUNBUFFERED; "$0" "$@" | head -1'
     assert run(*shell, *CLIENT, "--port", port)[2] == ""
 
@@ -349,12 +303,3 @@ def test_many_columns():
     """Each head stays in its column, however many there are."""
     (line,) = client.table([{"": "3 busy wait"}] * 6, [""])
     assert line.split()[:3] == ["3", "busy", "w"] and len(line) <= 79
-
-
-def test_defaults(monkeypatch):
-    """The options, and what they are if not given."""
-    monkeypatch.setattr(sys, "argv", ["client.py"])
-    assert vars(client.command_line()) == {
-        **{"host": "127.0.0.1", "port": 6380, "server": [], "transcript": []},
-        **{"connections": 8, "requests": 4, "think": 0.05, "timeout": 30},
-    }
