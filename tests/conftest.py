@@ -15,7 +15,6 @@ import socket
 import struct
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import termios
 import time
@@ -37,20 +36,19 @@ MANY = ["multi", "busy", "kqueue"]  # those that serve many clients at once
 PATIENCE = 30  # seconds; what has not come by then does not come
 LIMIT = 120  # seconds for a program that runs to its end, on a loaded machine
 PROC = Path("/proc/self/fdinfo").exists()
-FREE = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # free-threaded
 
 sys.path[:0] = str(SERVERS_DIR), str(HERE.parent)  # has client.py
-# A shell's "&" has SIGINT ignored, and so would be all that is started here.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-# Whoever ends the tests with `kill` ends the servers that they have started.
-signal.signal(signal.SIGTERM, signal.default_int_handler)
+# Whoever ends the tests ends the servers that they have started. And a shell's
+# "&" has SIGINT ignored; so would be all that is started here.
+for number in signal.SIGTERM, signal.SIGINT:
+    signal.signal(number, signal.default_int_handler)
 
 needs_proc = pytest.mark.skipif(not PROC, reason="looks into Linux's /proc")
-slow = pytest.mark.skipif("SLOW" not in os.environ, reason="runs in test-all")
 
 
 def slowly(value):
-    return pytest.param(value, marks=slow)
+    when = pytest.mark.skipif("SLOW" not in os.environ, reason="in test-all")
+    return pytest.param(value, marks=when)
 
 
 def wait_for(condition, what, patience=PATIENCE):
@@ -211,14 +209,13 @@ class Server:
     def stderr(self):
         return os.pread(self.err.fileno(), 1 << 20, 0).decode()
 
-    def connect(self, receive_buffer=None):
+    def connect(self, buffer=None):
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         sock = socket.socket(family)
         self.sockets.append(sock)
         sock.settimeout(PATIENCE)
-        if receive_buffer:
-            what = socket.SOL_SOCKET, socket.SO_RCVBUF
-            sock.setsockopt(*what, receive_buffer)
+        if buffer:  # bytes that are taken in before they are read
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
         sock.connect((self.host, self.port))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
@@ -235,12 +232,12 @@ class Server:
 
     def info(self, sock=None):
         """Return what INFO says, as a dict of strings."""
-        if sock is None:
+        if not sock:
             return figures(self.ask(b"INFO\r\n").decode())
         sock.sendall(b"INFO\r\n")
-        with sock.makefile("rb") as replies:
+        with sock.makefile(newline="") as replies:
             size = int(replies.readline()[1:])
-            return figures(replies.read(size + 2).decode())
+            return figures(replies.read(size + 2))
 
     def proc(self, path):
         return Path(f"/proc/{self.pid}/{path}")
@@ -283,10 +280,6 @@ class Server:
         assert self.stdout().count("pattern:") == 1
         return self
 
-    def tally(self):
-        """Return what it has printed at Ctrl-C, as info() does."""
-        return figures(self.stdout())
-
     def leave(self):
         for sock in self.sockets:
             sock.close()
@@ -296,8 +289,6 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.out.close()
-        self.err.close()
 
 
 @contextlib.contextmanager

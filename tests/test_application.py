@@ -15,7 +15,7 @@ import trace
 
 import pytest
 from conftest import (
-    PATIENCE, SCRIPTS, array, bulk, load, needs, read_to_end, run, talk,
+    PATIENCE, SCRIPTS, array, bulk, load, needs, ping, run, talk,
     text_of, together, wait_for,
 )  # fmt: skip
 
@@ -288,8 +288,7 @@ def test_the_same_as_redis(monkeypatch, tmp_path):
 
 
 MARK = "\n# ---- The application"
-MODULES = "argparse collections contextlib errno io re resource select socket"
-MODULES += " sys threading time"
+MODULES = "argparse contextlib io re resource select socket sys threading time"
 LIMITS = dict(zip(SCRIPTS, [(245, 45), (245, 46), (285, 80), (360, 156)]))
 
 
@@ -325,10 +324,5 @@ def test_each_text(name):
     server = load(name).TCPServer("127.0.0.1", 0)
     threading.Thread(target=server.start, daemon=True).start()
     with socket.create_connection(server.listener.getsockname(), 10) as sock:
-        sock.sendall(b"PING\r\nINFO\r\nQUIT\r\nPING\r\n")
-        replies = read_to_end(sock)
+        ping(sock)
     server.accept = threading.Event().wait  # else 3 would spin on in here
-    # No comma in a value: redis-py would make a list of it.
-    told = rb"\$\d+\r\n([a-z_]+:[^,\r\n]+\r\n)+"
-    assert re.fullmatch(rb"\+PONG\r\n" + told + rb"\+OK\r\n", replies)
-    assert b"\r\nrole:master\r\n" in replies

@@ -23,11 +23,6 @@ KQUEUE = ALL[-1]
 CLIENT = [sys.executable, "-S", str(HERE.parent / "client.py")]
 
 
-def run_client(*options):
-    """Run client.py, with the standard library only; return as run does."""
-    return run(*CLIENT, *options)
-
-
 def check_failure(result, pattern):
     """The run failed, and says so in one line in which the pattern is."""
     status, out, err = result
@@ -102,6 +97,9 @@ def test_side_by_side(python, tmp_path):
         assert re.search(f"^{row}", output, re.M), (row, output)
     (text,) = {file.read_text() for file in files}
     assert text.count("INCR counter") == 16
+    # Each head stays in its column, however many there are.
+    (line,) = client.table([{"": "3 busy wait"}] * 6, [""])
+    assert line.split()[:3] == ["3", "busy", "w"] and len(line) <= 79
 
 
 def test_all_at_once():
@@ -109,7 +107,7 @@ def test_all_at_once():
     options = "--connections", 200, "--think", 0, "--requests", 3
     found = []
     while "201" not in found:  # it may be kept from its core for a while
-        _, out, err = run_client("--server", ALL[1], *options)
+        _, out, err = run(*CLIENT, "--server", ALL[1], *options)
         found += re.findall("^threads, midway +([0-9]+)$", out, re.M)
         assert 0 < len(found) < 4, err
 
@@ -199,7 +197,7 @@ def test_wrong_reply(fake, command, wrong, pattern):
     """A wrong reply is found, and told in a plain sentence."""
     late = "ran out" in pattern
     options = "--think", 0, "--timeout", 0.5 if late else LIMIT
-    result = run_client("--port", fake(command, wrong), *options)
+    result = run(*CLIENT, "--port", fake(command, wrong), *options)
     check_failure(result, f"the server: .*{pattern}")
     # What was seen until then, if anything was.
     drawings = drawings_of(result[1])
@@ -248,7 +246,7 @@ def test_bad_servers(tmp_path, code, options, how):
     """A server that does not start, end or reply as it must is named."""
     options = "--think", 0.2, "--timeout", LIMIT, *options
     # This returns when nobody has stderr any more: the server has gone, too.
-    result = run_client(*options, "--server", wrapped(tmp_path, code))
+    result = run(*CLIENT, *options, "--server", wrapped(tmp_path, code))
     check_failure(result, rf"wrapped\.py{how}")
     drawings = drawings_of(result[1])  # what was seen until then
     assert bool(drawings) == (how != " did not start")
@@ -280,11 +278,11 @@ NONSENSE = """--host nonsense.invalid, --port 99999, --connections 0,
 def test_nonsense():
     """Nonsense on the command line is named, in one line."""
     cases = [tuple(case.split()) for case in NONSENSE.split(",")]
-    results = together(lambda case: run_client(*case), *cases)
+    results = together(lambda case: run(*CLIENT, *case), *cases)
     for (option, value, *_), result in zip(cases, results):
         named = value if option in ("--host", "--port") else option
         check_failure(result, re.escape(named))
-    check_failure(run_client("--port", 1), r"127\.0\.0\.1:1\b")
+    check_failure(run(*CLIENT, "--port", 1), r"127\.0\.0\.1:1\b")
     shell = 'ulimit -n 100; exec "$0" "$@"'
     result = run("sh", "-c", shell, *CLIENT, "--port", 1, "--connections", 99)
     check_failure(result, "149 open files needed, 100 allowed")
@@ -293,13 +291,7 @@ def test_nonsense():
 def test_output_that_cannot_be_written(fake, tmp_path):
     """A transcript: one sentence. Nobody reads stdout any more: nothing."""
     port = fake()
-    result = run_client("--port", port, "--transcript", tmp_path)
+    result = run(*CLIENT, "--port", port, "--transcript", tmp_path)
     check_failure(result, f"directory.*{re.escape(str(tmp_path))}")
     shell = "sh", "-c", 'unset PYTHONUNBUFFERED; "$0" "$@" | head -1'
     assert run(*shell, *CLIENT, "--port", port)[2] == ""
-
-
-def test_many_columns():
-    """Each head stays in its column, however many there are."""
-    (line,) = client.table([{"": "3 busy wait"}] * 6, [""])
-    assert line.split()[:3] == ["3", "busy", "w"] and len(line) <= 79

@@ -46,7 +46,7 @@ def test_connections_that_break(server):
     """
     assert server.ask(SET_BIG) == b"+OK\r\n"
     for last, shut, reply in LASTS:
-        sock = server.connect(receive_buffer=4096)
+        sock = server.connect(buffer=4096)
         sock.sendall(b"GET big\r\n" * 12 + last)
         if shut:
             sock.shutdown(socket.SHUT_WR)
@@ -129,7 +129,7 @@ def test_memory(server):
     server.ask(SET_BIG)
     # PyPy frees memory when it likes.
     if server.name in ("busy", "kqueue") and not PYPY:
-        socks = [server.connect(receive_buffer=2 * MIB) for _ in range(600)]
+        socks = [server.connect(buffer=2 * MIB) for _ in range(600)]
         for sock in socks:
             ping(sock)
             if sock is socks[99]:
@@ -144,7 +144,7 @@ def test_memory(server):
             assert read_exactly(sock, len(bulk(BIG))) == bulk(BIG)
         assert server.memory() - before < SOME + 8 * MIB
     before = server.memory()
-    greedy = server.connect(receive_buffer=64 * 1024)
+    greedy = server.connect(buffer=64 * 1024)
     sent = send_what_fits(greedy, b"GET big\r\n" * 5_000_000)
     assert sent < 20 * MIB
     if server.name in MANY:

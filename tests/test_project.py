@@ -1,4 +1,4 @@
-"""The project as a whole: README, Makefile, tools, clients of other people."""
+"""The project as a whole: README, clients of other people, tools, Makefile."""
 
 import os
 import re
@@ -34,9 +34,6 @@ def test_what_stands_at_the_top(tmp_path):
     assert names == {*SCRIPTS.values(), *others}
     for name in "Makefile", "client.py":
         assert b"\r\n" not in (tmp_path / name).read_bytes()
-
-
-# ---- The README and the lecture ---------------------------------------------
 
 
 def blocks(language, word=""):
@@ -84,8 +81,6 @@ def test_answers_typed_by_hand(server):
     assert answers.replace("\r\n", "\n") == "".join(parts[1::2])
 
 
-# ---- Clients that people have -----------------------------------------------
-
 TYPED = b'SET k "a b"\nGET k\nGET nothing\nINCRBY n 42\nINFO\nQUIT\n'
 SHOWN = r"OK\na b\n\n42\n.*role:master.*"
 BY_HAND = b"SET a 1\nINCR a\nGET a\nnonsense\nQUIT\n"
@@ -111,8 +106,6 @@ def test_client(server, line, data, shown):
     if words[0] == "redis-benchmark":
         assert server.ask(b"GET counter:__rand_int__\r\n") == bulk(b"1600")
 
-
-# ---- The tools of tests/bench, at a small size; figures are not judged ------
 
 SINGLE, _, _, KQUEUE = [SERVERS_DIR / script for script in SCRIPTS.values()]
 OPTIONS = {
@@ -203,40 +196,30 @@ def test_pictures(tools):
     assert "requests/s, all active" in out and "4 kqueue loop" in out
 
 
-def test_bench(tools):
-    """The loop and its comparison are measured; the loop has the ratio 1."""
-    needs("redis-benchmark")
-    out = output_of(tools["bench"])
-    loop = re.findall(r"^4 kqueue loop .*$", out, re.M)
-    assert len(loop) == 2 and all("1.00" in line for line in loop)
-    assert len(re.findall(r"^asyncio.Protocol .*\d$", out, re.M)) == 2
+SPEED = r"idle: #% of a core\na PING takes # us\nthe server's CPU .*: # us"
+ROWS = [  # of a tool's output, and how many there are
+    ("bench", "4 kqueue loop .*", 2),
+    ("bench", r"4 kqueue loop .* 1\.00.*", 2),  # it is compared with itself
+    ("bench", r"asyncio.Protocol .*\d", 2),
+    # Each pattern's fingerprint: what only it calls, what it never does.
+    ("syscalls", "send +20 +20 +20 +20", 1),
+    ("syscalls", r"clone +- +4 +- +\S+", 1),
+    ("syscalls", r"epoll_wait +- +- +- +[\d,]+", 1),
+    ("syscalls", r"recv .*\n +EAGAIN +- +- +[\d,]+ +-", 1),
+    ("late", "0 bytes of the replies are missing", 1),
+    ("late, wrong", r"[1-9]\d+ bytes of the replies are missing", 1),
+    ("measure", SPEED.replace("#", r"[\d.]+"), 1),
+]
 
 
-def test_syscalls(tools):
-    """Each pattern's fingerprint: what only it calls, what it never does."""
-    out = output_of(tools["syscalls"])
-    for row in [
-        "send 20 20 20 20",
-        r"clone - 4 - \S+",
-        r"epoll_wait - - - [\d,]+",
-        r"recv .*\n EAGAIN - - [\d,]+ -",
-    ]:
-        pattern = row.replace(" ", " +")
-        assert re.search(f"^{pattern}$", out, re.M), (row, out)
+@pytest.mark.parametrize("tool, row, count", ROWS)
+def test_other_tools(tools, tool, row, count):
+    """Their figures have their names; late.py finds who never waits."""
+    if tool == "bench":
+        needs("redis-benchmark")
+    out = output_of(tools[tool])
+    assert len(re.findall(f"^{row}$", out, re.M)) == count, out
 
-
-def test_scripts_of_the_lecture(tools):
-    """measure.py says what a PING costs; late.py finds who never waits."""
-    cost = "idle: #% of a core\na PING takes # us\nthe server's CPU .*: # us\n"
-    for tool, text in [
-        ("late", r"0 bytes of the replies are missing\n"),
-        ("late, wrong", r"[1-9]\d+ bytes of the replies are missing\n"),
-        ("measure", cost.replace("#", r"[\d.]+")),
-    ]:
-        assert re.fullmatch(text, output_of(tools[tool]))
-
-
-# ---- The Makefile, under GNU make and BSD make, in anybody's surroundings ---
 
 ONE = "SERVER=4_kqueue_loop.py", "CONNECTIONS=2", "REQUESTS=1", "THINK=0"
 gnu = pytest.mark.parametrize("make", ["make"], indirect=True)
