@@ -181,7 +181,7 @@ def figures(text):
 class Server:
     """A script that runs as a process of its own, on a free port."""
 
-    def __init__(self, name, *options, shell=None, env=(), prelude=""):
+    def __init__(self, name, *options, shell=None, prelude=""):
         """Start it. `shell` is a script for sh that runs it: "$0" "$@"."""
         self.name, self.sockets = name, []
         self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
@@ -191,7 +191,6 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=self.out,
             stderr=self.err,
-            env={**os.environ, **dict(env)},
             start_new_session=True,  # so that all of it can be killed
         )
         self.pid = self.process.pid

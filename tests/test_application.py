@@ -178,10 +178,7 @@ def test_limits():
 
 @pytest.mark.parametrize("size", [10, 1000, 500_000])
 def test_replies_are_bounded(size):
-    """answer() gives about 64 KiB and one reply at a time; none is lost.
-
-    Requests wait, and change nothing, until their replies are taken.
-    """
+    """About 64 KiB and one reply at a time. The other requests wait."""
     value, count = b"v" * size, 20_000_000 // (1000 + size)
     session = new()
     answer(session, array(b"SET", b"a", value))
@@ -219,13 +216,12 @@ def test_incr_from_many_threads(monkeypatch):
     def work(number):
         """Count in `a`. Set a key that a neighbour increments meanwhile."""
         session, counted = module.Session({}), []
-        request = b"INCR a\nINCR %d\nDEBUG SLEEP 0.001\nSET %d %d000\n"
-        request += b"INCR %d\n"
+        lines = b"INCR a\nINCR %d\nDEBUG SLEEP 0.001\nSET %d %d000\nINCR %d\n"
         for step in range(1001, 1101):
             numbers = number + 1, number, step, number
-            lines = answer(session, request % numbers)[0].split(b"\r\n")
-            assert lines[4].startswith(b":%d" % step)
-            counted.append(int(lines[0][1:]))
+            replies = answer(session, lines % numbers)[0].split(b"\r\n")
+            assert replies[4].startswith(b":%d" % step)
+            counted.append(int(replies[0][1:]))
         assert counted == sorted(counted)
         return counted
 

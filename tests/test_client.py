@@ -152,11 +152,7 @@ def test_defaults_and_connecting_again(fake, monkeypatch):
     [(24, 0.15, "utf-8"), (24, 0, "utf-8"), (9, 0, "ascii")],
 )
 def test_terminal(fake, lines, think, encoding):
-    """On a terminal that is tall enough, the drawing grows in its place.
-
-    If it takes longer than expected, its scale grows, too. On others it is
-    drawn once, at the end; where it must be, in plain ASCII.
-    """
+    """On a tall terminal the drawing grows; if it must, so does its scale."""
     port = fake(seconds=0 if think else 0.15)
     shell = f"stty rows {lines} cols 80; exec env TERM=xterm"
     shell += f' PYTHONIOENCODING={encoding} "$0" "$@" --think {think}'
