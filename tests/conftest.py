@@ -288,6 +288,8 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.out.close()
+        self.err.close()
 
 
 @contextlib.contextmanager

@@ -285,8 +285,7 @@ def test_the_end(start, situation):
                 assert is_readable(sock, PATIENCE)
             askers.shutdown()  # before their sockets' numbers are used again
             server.kill()
-            # The next one takes the same port, at once.
-            port = server.port if end == "SIGTERM" else 0
+            port = server.port  # the next one takes the same, at once
 
     together(check, *SCRIPTS)
 
