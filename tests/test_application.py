@@ -1,7 +1,4 @@
-"""The application, once: its text is the same in all four files.
-
-It is a Session without a socket; redis-server 7 must answer the same.
-"""
+"""The application, a Session without a socket: as redis-server 7 answers."""
 
 import ast
 import difflib

@@ -178,8 +178,7 @@ def test_answered_at_once(server):
 
 
 # ---- In `make trace` --------------------------------------------------------
-# Read from the JSON that it writes, in which each call is a span. Limits are
-# wide: a loaded machine makes a thread wait for a core.
+# Limits are wide: on a loaded machine a thread waits for a core.
 
 TRACER = sys.executable, HERE / "bench" / "trace.py"
 SINGLE, MULTI, BUSY, KQUEUE = SCRIPTS.values()

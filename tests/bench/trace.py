@@ -257,7 +257,8 @@ def play(script, scene, options, record=None):
     """
     command = [sys.executable, script, "--port", "0"]
     if record:
-        command[1:1] = [str(RECORDER), record]
+        # Its relative path is ASCII, which PyPy wants where LC_ALL is C.
+        command[1:1] = [os.path.relpath(RECORDER), record]
     crowd = SCENES[scene](options, os.path.basename(script))
     try:
         with started(script, options.timeout, command) as server:
