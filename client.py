@@ -221,7 +221,7 @@ def drawing(crowd, scale):
 
 
 def results(crowd):
-    """Return a column of the table, {row: text}. INFO counts all visits."""
+    """Return a column of the table, {row: text}. INFO counts from the start."""
     words = os.path.splitext(crowd.name)[0].replace("_", " ")
     rows = {"": textwrap.shorten(words, 13, placeholder="") or words[:13]}
     rows["time elapsed"] = f"{crowd.elapsed:.2f} s"
@@ -306,8 +306,8 @@ def main():
     alone = (options.requests - 1) * options.think
     serial = 1.2 * options.connections * alone + 0.1
     scale = serial if serial <= options.timeout else 1.2 * alone + 0.1
-    columns, lines = os.get_terminal_size(1) if os.isatty(1) else (0, 0)
-    live = columns > WIDTH and lines > MOST_LINES + 1
+    wide, high = os.get_terminal_size(1) if os.isatty(1) else (0, 0)
+    live = wide > WIDTH and high > MOST_LINES + 1
     live = live and os.environ.get("TERM") != "dumb"
     crowds = []
     for number, script in enumerate(options.server or [None]):
