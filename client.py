@@ -221,12 +221,12 @@ def drawing(crowd, scale):
 
 
 def results(crowd):
-    """Return a column of the table, {row: text}. INFO counts from the start."""
+    """Return a column of the table, {row: text}, with some figures of INFO."""
     words = os.path.splitext(crowd.name)[0].replace("_", " ")
     rows = {"": textwrap.shorten(words, 13, placeholder="") or words[:13]}
     rows["time elapsed"] = f"{crowd.elapsed:.2f} s"
     rows["first reply, worst"] = f"{max(crowd.firsts) - crowd.start:.3f} s"
-    for row, info, name in [
+    for row, info, name in [  # INFO counts since the start of the server
         ("threads, midway", crowd.midway, b"threads"),
         ("CPU seconds", crowd.info, b"used_cpu_(?:user|sys)"),
         ("polls", crowd.info, b"polls"),

@@ -280,7 +280,7 @@ def test_the_end(start, situation):
             else:
                 server.process.terminate()
                 assert server.process.wait(PATIENCE) == -signal.SIGTERM
-            # So fails Python's threading if Ctrl-C comes while a thread starts.
+            # So fails Python itself if Ctrl-C comes while a thread starts.
             told = server.stderr().replace("release unlocked lock", "")
             assert told in ("", "cannot serve: \n")
             for sock in server.sockets:  # nobody is left waiting

@@ -1,4 +1,4 @@
-"""What each pattern is, and how it shows from outside: also in `make trace`."""
+"""What each pattern is, and how it shows from outside, and in `make trace`."""
 
 import json
 import re

@@ -309,7 +309,7 @@ NO_COLOR=1 LOGNAME=somebody-with-a-long-name CDPATH=/tmp"""
 
 @gnu
 def test_settings(make):
-    """Settings of Python, terminal and person do not matter: a line at once."""
+    """Settings of Python, terminal, person do not matter: a line at once."""
     lines = [line.split() for line in SETTINGS.splitlines()]
     ran = together(lambda env: make("demo", "trace", *ONE, env=env), *lines)
     for line, (status, output, err) in zip(lines, ran):
