@@ -1,7 +1,6 @@
 """What the tests share: servers as processes, clients as plain sockets.
 
-SERVERS_DIR in the environment names other servers: break a copy there, and
-see which test finds it.
+SERVERS_DIR in the environment names other servers: break them, and see.
 """
 
 import contextlib
@@ -37,9 +36,8 @@ PATIENCE = 30  # seconds; what has not come by then does not come
 LIMIT = 120  # seconds for a program that runs to its end, on a loaded machine
 PROC = Path("/proc/self/fdinfo").exists()
 
-sys.path[:0] = str(SERVERS_DIR), str(HERE.parent)  # has client.py
-# Whoever ends the tests ends the servers that they have started. And a shell's
-# "&" has SIGINT ignored; so would be all that is started here.
+sys.path[:0] = str(SERVERS_DIR), str(HERE.parent)  # the second has client.py
+# Who ends the tests ends their servers. And a shell's "&" has SIGINT ignored.
 for number in signal.SIGTERM, signal.SIGINT:
     signal.signal(number, signal.default_int_handler)
 
@@ -290,6 +288,14 @@ class Server:
         self.process.wait()
         self.out.close()
         self.err.close()
+
+
+def clients(server, count):
+    """Connect, and be served as far as the pattern serves."""
+    socks = [server.connect() for _ in range(count)]
+    for sock in socks if server.name in MANY else socks[:1]:
+        ping(sock)
+    return socks
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 It runs over the kqueue that tests/fake_kqueue.py plays, which answers as a
 real BSD kernel did: NetBSD's kern_event.c and TCP/IP, in user space on Linux.
-What is played comes first, then the loop on top of it.
 """
 
 import errno

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 import pytest
 from conftest import (
     HERE, MANY, PATIENCE, PROC, SCRIPTS, SERVERS_DIR, arrived, bulk,
-    figures, frozen, is_readable, load, needs, needs_proc, ping, played,
-    read_exactly, run, talk, text_of, together, wait_for,
+    clients, figures, frozen, is_readable, load, needs, needs_proc, ping,
+    played, read_exactly, run, talk, text_of, together, wait_for,
 )  # fmt: skip
 
 CONNECTION = "IncomingTCPConnection"
@@ -26,14 +26,6 @@ FACTS = {
     "busy": ("busy wait", "Client", "", "polls polls_in_vain", 1, 1),
     "kqueue": (LOOP, "EventLoop Client", "control", "wakeups events", 2, 2),
 }
-
-
-def clients(server, count):
-    """Connect, and be served as far as the pattern serves."""
-    socks = [server.connect() for _ in range(count)]
-    for sock in socks if server.name in MANY else socks[:1]:
-        ping(sock)
-    return socks
 
 
 def test_what_it_says_and_what_it_is(server):

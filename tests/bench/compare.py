@@ -97,7 +97,8 @@ class Demo:
 
 
 def ask_eight_at_once(server):
-    crowd = Crowd(Demo, os.path.basename(server.args[1]))
+    script = server.args[1]  # behind Python's own path
+    crowd = Crowd(Demo, os.path.basename(script))
     crowd.run(server.host, server.port)
     if crowd.problem:
         raise Failed(crowd.problem)
